@@ -1,0 +1,3 @@
+//! `kapsel-agent`: process 1 in the guest; creates and watches the containers.
+
+fn main() {}

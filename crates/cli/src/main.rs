@@ -1,0 +1,3 @@
+//! `kapsel`: what a person types.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! `kapsel-fsd`: serves one shared directory to the guest over virtio-fs.
+
+fn main() {}

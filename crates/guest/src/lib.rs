@@ -1,0 +1,1 @@
+//! The guest's kernel and initramfs: fetched, extracted, put together and cached.

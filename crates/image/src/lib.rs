@@ -1,0 +1,1 @@
+//! OCI images: pull, verify, import, unpack to EROFS, garbage-collect.

@@ -1,0 +1,1 @@
+//! Confines a child process: namespaces, `pivot_root`, capabilities, seccomp, rlimits, cgroup.
