@@ -1,0 +1,78 @@
+# kapsel: the two commands of a new machine are `make run` and `make test`. `make help` lists the rest.
+#
+# Everything that a build, a run or a test needs from Debian is named here and nowhere else.
+PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev
+PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs
+PACKAGES_TEST  := erofs-utils skopeo umoci attr
+PACKAGES_BENCH := runc crun runsc
+PACKAGES_KERNEL := bc bison flex libelf-dev make xz-utils
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
+TARGET := x86_64-unknown-linux-gnu
+CARGO_TARGET_DIR ?= target
+export CARGO_TARGET_DIR
+OUT    := $(CARGO_TARGET_DIR)/release
+KAPSEL := $(OUT)/kapsel
+AGENT  := $(OUT)/guest/kapsel-agent
+
+.PHONY: help run test build agent image man kernel bench clean cargo \
+        packages-build packages-run packages-test packages-bench packages-kernel
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Installs the named packages, but only those that are missing: a second run asks nothing of the network.
+define install
+	@missing=(); for p in $(1); do \
+	  dpkg-query -W -f='$${Status}' "$$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$$p"); done; \
+	if (( $${#missing[@]} )); then \
+	  echo "installing $${missing[*]}"; \
+	  $(SUDO) apt-get update -qq; \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+	fi
+endef
+
+packages-build: ; $(call install,$(PACKAGES_BUILD))
+packages-run: packages-build ; $(call install,$(PACKAGES_RUN))
+packages-test: packages-run ; $(call install,$(PACKAGES_TEST))
+packages-bench: packages-test ; $(call install,$(PACKAGES_BENCH))
+packages-kernel: ; $(call install,$(PACKAGES_KERNEL))
+
+cargo:
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust stable (1.95 or newer) with rustup, then run make again" >&2; exit 1; }
+
+# The agent is process 1 of a guest without libraries: a static binary with a profile of its own. It goes to a folder of
+# its own, so that the dynamic one that `cargo test` makes beside the other programs is never taken for it.
+agent: cargo packages-build
+	@RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --profile guest --target $(TARGET) -p kapsel-agent
+	@install -D $(CARGO_TARGET_DIR)/$(TARGET)/guest/kapsel-agent $(AGENT)
+
+build: agent ## build everything in release mode
+	@cargo build --release --workspace --exclude kapsel-agent
+
+image: build packages-run
+	@$(KAPSEL) images --json | grep -q '"busybox:latest"\|busybox:latest' || scripts/busybox-image $(KAPSEL)
+
+run: image ## set up this machine, then run a container in a microVM
+	@scripts/demo $(KAPSEL)
+
+test: build packages-test ## the whole test suite
+	@.ci/test
+
+man: build ## man pages and completions, into $(OUT)/man and $(OUT)/completions
+	@$(KAPSEL) man $(OUT)/man
+	@mkdir -p $(OUT)/completions
+	@for s in bash zsh fish; do $(KAPSEL) completions $$s > $(OUT)/completions/kapsel.$$s; done
+
+kernel: packages-kernel ## build the slim guest kernel from Debian's source (about 8 minutes on two cores)
+	@$(MAKE) -C guest kernel
+
+bench: image packages-bench ## measure side by side with runc, crun, runsc and QEMU by hand
+	@cargo run --release -p kapsel-benches -- all
+
+clean: ## remove what the build made (images and kernels stay)
+	cargo clean

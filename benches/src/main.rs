@@ -1,0 +1,87 @@
+//! Side-by-side measurements: kapsel beside what a person would run instead, in the same run on the same machine.
+//!
+//! Times on shared machines drift, so contenders are run in turn (A B C, A B C, …), figures are medians, and each is also
+//! given as a ratio to a named baseline. Every measurement is written as data (`results/NAME.json`) and drawn from that
+//! data (`results/NAME.svg`).
+
+mod contenders;
+mod memory;
+mod parallel;
+mod report;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+
+use contenders::Workshop;
+
+#[derive(Parser)]
+#[command(about = "Measure kapsel side by side with runc, crun, runsc and QEMU by hand")]
+struct Args {
+    /// What to measure
+    #[arg(value_enum, default_value = "all")]
+    what: What,
+    /// Counted runs of each contender
+    #[arg(short = 'n', long, default_value_t = 20)]
+    runs: usize,
+    /// Folder of kapsel's binaries
+    #[arg(long, default_value = "target/release")]
+    bin: PathBuf,
+    /// Folder for JSON and SVG
+    #[arg(long, default_value = "benches/results")]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum What {
+    All,
+    /// `run --rm busybox true` from a template, against runc, crun and runsc
+    Warm,
+    /// First output of a cold start, against QEMU by hand with the same kernel
+    Cold,
+    /// `exec ID true` in a running container
+    Exec,
+    /// Bytes through a container's standard output
+    Pipe,
+    /// Host memory of an idle sandbox, split by process
+    Memory,
+    /// Twenty sandboxes started at once
+    Parallel,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let wanted = |what| args.what == What::All || args.what == what;
+    let workshop = Workshop::prepare(&args.bin)?;
+    std::fs::create_dir_all(&args.out)?;
+
+    if wanted(What::Warm) {
+        let warm = report::measure("warm", "run true: start to exit", "runsc", args.runs, workshop.warm()?)?;
+        warm.publish(&args.out)?;
+    }
+    if wanted(What::Cold) {
+        // Seconds each, so fewer of them: the spread of a cold boot is small.
+        let runs = args.runs.div_ceil(4);
+        let cold =
+            report::measure("cold", "cold start to first output", "qemu by hand", runs, workshop.cold()?)?;
+        cold.publish(&args.out)?;
+    }
+    if wanted(What::Exec) {
+        let (contenders, _running) = workshop.exec()?;
+        report::measure("exec", "exec true: start to exit", "runc", args.runs, contenders)?
+            .publish(&args.out)?;
+    }
+    if wanted(What::Pipe) {
+        let runs = args.runs.div_ceil(4);
+        let title = format!("{} MiB through standard output", contenders::PIPE_MIB);
+        report::measure("pipe", &title, "runc", runs, workshop.pipe()?)?.publish(&args.out)?;
+    }
+    if wanted(What::Memory) {
+        memory::measure(&workshop, &args.out)?;
+    }
+    if wanted(What::Parallel) {
+        parallel::measure(&workshop, &args.out)?;
+    }
+    Ok(())
+}
