@@ -1,1 +1,1 @@
-//! Fixtures for the tests: tiny images, a local registry.
+//! Fixtures for the tests: tiny images, a local registry, hostile archives.
