@@ -1,0 +1,113 @@
+//! Commands about this machine and about kapsel itself.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+/// Look after the snapshots from which sandboxes start fast
+///
+/// A template is a booted machine without a container, saved with its memory. The first run makes one by itself, in the
+/// background.
+#[derive(Debug, Subcommand)]
+#[command(
+    subcommand_required = true,
+    arg_required_else_help = true,
+    override_usage = "kapsel template COMMAND ..."
+)]
+pub enum Template {
+    Ls(TemplateLs),
+    Build(TemplateBuild),
+    Rm(TemplateRm),
+}
+
+/// List templates
+#[derive(Args, Debug)]
+pub struct TemplateLs {
+    /// Print JSON, one array
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Make the template that a run with these flags would use, now
+#[derive(Args, Debug)]
+pub struct TemplateBuild {
+    /// Memory of the machine
+    #[arg(short, long, value_name = "BYTES")]
+    pub memory: Option<super::value::Bytes>,
+    /// CPUs of the machine
+    #[arg(long, value_name = "NUMBER")]
+    pub cpus: Option<super::value::Cpus>,
+    /// How the machine is kept apart from this one
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub isolation: Option<super::run::Isolation>,
+}
+
+/// Remove templates; the next run makes what it needs again
+#[derive(Args, Debug)]
+pub struct TemplateRm {
+    /// All of them
+    #[arg(short, long, conflicts_with = "keys")]
+    pub all: bool,
+    /// Keys, or the beginnings of keys
+    #[arg(value_name = "KEY", required_unless_present = "all")]
+    pub keys: Vec<String>,
+}
+
+/// Remove what is not in use
+///
+/// Removes containers that have ended, what is left of sandboxes that were killed, templates that nothing can use any
+/// more, and parts of images that belong to none.
+#[derive(Args, Debug)]
+pub struct Prune {
+    /// Also images that no container uses
+    #[arg(short, long)]
+    pub all: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub force: bool,
+    /// Print JSON: what was removed
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Check what this machine offers, and say which isolation is chosen and why
+///
+/// The exit code is 0 when containers can run here, else 1.
+#[derive(Args, Debug)]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Print the configuration in force, and where each value comes from
+#[derive(Args, Debug)]
+pub struct Config {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Print the version
+#[derive(Args, Debug)]
+pub struct Version {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Write the man pages
+#[derive(Args, Debug)]
+pub struct Man {
+    /// Where to: kapsel.1, kapsel-run.1, ...
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+}
+
+/// Print a completion script
+#[derive(Args, Debug)]
+pub struct Completions {
+    /// For which shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
