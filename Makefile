@@ -1,7 +1,7 @@
 # kapsel: the two commands of a new machine are `make run` and `make test`. `make help` lists the rest.
 #
 # Everything that a build, a run or a test needs from Debian is named here and nowhere else.
-PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev
+PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs
 PACKAGES_TEST  := erofs-utils skopeo umoci attr
 PACKAGES_BENCH := runc crun runsc
