@@ -1,0 +1,41 @@
+//! The jails of the programs that kapsel runs.
+
+use std::path::Path;
+
+use crate::elf;
+use crate::error::Result;
+use crate::jail::Jail;
+
+impl Jail {
+    /// Sets the program to a host file, shown at the same path inside, with its loader and exactly the libraries that it needs.
+    ///
+    /// # Errors
+    /// When the program is no ELF file, or a library is missing.
+    pub fn program_with_libraries(self, host: &Path) -> Result<Jail> {
+        let needs = elf::needs(host)?;
+        let mut jail = self.bind_exec(host, host).program(host);
+        let Some(loader) = needs.loader else { return Ok(jail) };
+        jail = jail.bind_exec(&loader, &loader);
+        // Where the loader looks without a cache: the directory that the C library is in.
+        let libc = needs.libraries.get("libc.so.6").and_then(|path| path.parent());
+        let directory = libc.unwrap_or(Path::new("/lib/x86_64-linux-gnu")).to_owned();
+        for (name, path) in needs.libraries {
+            jail = jail.bind_exec(path, directory.join(name));
+        }
+        Ok(jail)
+    }
+}
+
+/// QEMU's jail: the program with its libraries and firmware. Arguments, disks, sockets and identity are the caller's to add.
+///
+/// # Errors
+/// When QEMU is not there, or a library of it.
+pub fn qemu(program: &Path) -> Result<Jail> {
+    let mut jail = Jail::new("qemu").program_with_libraries(program)?;
+    for firmware in ["/usr/share/qemu", "/usr/share/seabios"] {
+        if Path::new(firmware).is_dir() {
+            jail = jail.bind_ro(firmware, firmware);
+        }
+    }
+    Ok(jail)
+}
