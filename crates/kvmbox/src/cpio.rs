@@ -1,0 +1,139 @@
+//! A newc cpio archive, as the kernel unpacks it for its first root.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::path::{Component, Path};
+
+const DIRECTORY: u32 = 0o040_755;
+const REGULAR: u32 = 0o100_000;
+const TRAILER: &str = "TRAILER!!!";
+
+/// Writes an archive entry by entry; the directories on the way to a file are made as they are needed.
+pub struct Archive<W: Write> {
+    out: W,
+    directories: BTreeSet<String>,
+    inode: u32,
+}
+
+impl<W: Write> Archive<W> {
+    pub fn new(out: W) -> Self {
+        Archive { out, directories: BTreeSet::new(), inode: 0 }
+    }
+
+    /// Adds a file. `mode` is its permission bits.
+    pub fn file(&mut self, inside: &Path, mode: u32, content: &[u8]) -> io::Result<()> {
+        let name = relative(inside)?;
+        self.parents(&name)?;
+        self.entry(&name, REGULAR | mode, content)
+    }
+
+    /// Ends the archive.
+    pub fn finish(mut self) -> io::Result<W> {
+        self.entry(TRAILER, 0, &[])?;
+        self.out.flush()?;
+        Ok(self.out)
+    }
+
+    fn parents(&mut self, name: &str) -> io::Result<()> {
+        for (slash, _) in name.match_indices('/') {
+            let directory = &name[..slash];
+            if self.directories.insert(directory.to_owned()) {
+                self.entry(directory, DIRECTORY, &[])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        let size = u32::try_from(content.len())
+            .map_err(|_| io::Error::new(io::ErrorKind::FileTooLarge, format!("{name} is over 4 GiB")))?;
+        self.inode += 1;
+        let links = if mode & DIRECTORY == DIRECTORY & !0o777 { 2 } else { 1 };
+        // inode, mode, uid, gid, links, mtime, size, device and special device numbers, name's length, checksum
+        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+        let mut header = String::from("070701");
+        for field in fields {
+            header.push_str(&format!("{field:08x}"));
+        }
+        self.out.write_all(header.as_bytes())?;
+        self.out.write_all(name.as_bytes())?;
+        self.out.write_all(&[0])?;
+        self.pad(header.len() + name.len() + 1)?;
+        self.out.write_all(content)?;
+        self.pad(content.len())
+    }
+
+    fn pad(&mut self, written: usize) -> io::Result<()> {
+        self.out.write_all(&[0; 3][..written.next_multiple_of(4) - written])
+    }
+}
+
+/// The path without its leading slash; only plain components are allowed.
+fn relative(path: &Path) -> io::Result<String> {
+    let mut parts = Vec::new();
+    for component in path.components() {
+        match component {
+            Component::RootDir => {}
+            Component::Normal(part) => parts.push(part.to_str().ok_or_else(|| invalid(path))?),
+            _ => return Err(invalid(path)),
+        }
+    }
+    if parts.is_empty() { Err(invalid(path)) } else { Ok(parts.join("/")) }
+}
+
+fn invalid(path: &Path) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("{} cannot be the name of a file in the box", path.display()),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_aligned_and_directories_come_first_and_once() {
+        let mut archive = Archive::new(Vec::new());
+        archive.file(Path::new("/a/b/one"), 0o755, b"12345").unwrap();
+        archive.file(Path::new("a/b/two"), 0o644, b"").unwrap();
+        let bytes = archive.finish().unwrap();
+        assert_eq!(bytes.len() % 4, 0);
+
+        let mut names = Vec::new();
+        let mut at = 0;
+        loop {
+            assert_eq!(&bytes[at..at + 6], b"070701");
+            let field = |n: usize| {
+                let from = at + 6 + n * 8;
+                usize::from_str_radix(std::str::from_utf8(&bytes[from..from + 8]).unwrap(), 16).unwrap()
+            };
+            let (size, name_size) = (field(6), field(11));
+            let name = std::str::from_utf8(&bytes[at + 110..at + 110 + name_size - 1]).unwrap();
+            names.push((name.to_owned(), field(1)));
+            let content = (at + 110 + name_size).next_multiple_of(4);
+            if name == "a/b/one" {
+                assert_eq!(&bytes[content..content + size], b"12345");
+            }
+            if name == TRAILER {
+                break;
+            }
+            at = (content + size).next_multiple_of(4);
+        }
+        let expected = [
+            ("a", 0o040_755),
+            ("a/b", 0o040_755),
+            ("a/b/one", 0o100_755),
+            ("a/b/two", 0o100_644),
+            (TRAILER, 0),
+        ];
+        assert_eq!(names, expected.map(|(name, mode)| (name.to_owned(), mode)));
+    }
+
+    #[test]
+    fn names_that_leave_the_root_are_refused() {
+        let mut archive = Archive::new(Vec::new());
+        assert!(archive.file(Path::new("../etc/passwd"), 0o644, b"").is_err());
+        assert!(archive.file(Path::new("/"), 0o644, b"").is_err());
+    }
+}
