@@ -1,1 +1,23 @@
 //! The life of a sandbox: the one place where image, machine and agent meet.
+//!
+//! Two sides. A person's command makes a [bundle](paths::Bundle) from a [specification](spec), [launches](launch) a shim
+//! for it and speaks to that by its [client]; names and lists are in the [registry] and the [listing], and what a killed
+//! shim left is [cleaned up](cleanup) by whoever comes next.
+
+pub mod annotations;
+pub mod attach;
+pub mod cleanup;
+pub mod client;
+pub mod config;
+pub mod launch;
+pub mod listing;
+pub mod logs;
+mod names;
+pub mod owner;
+pub mod paths;
+pub mod programs;
+pub mod record;
+pub mod registry;
+pub mod spec;
+pub mod template;
+pub mod timings;

@@ -1,0 +1,140 @@
+//! What kapsel wants to know beyond the OCI runtime specification: annotations of `config.json`.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::Spec;
+
+use crate::config::{Isolation, parse_size};
+
+/// [`Isolation`]: `auto`, `kvm` or `tcg`.
+pub const ISOLATION: &str = "io.kapsel.isolation";
+/// The machine's memory in bytes (or as `512M`).
+pub const MEMORY: &str = "io.kapsel.memory";
+/// The machine's virtual CPUs.
+pub const CPUS: &str = "io.kapsel.cpus";
+/// `true`: boot the kernel, use no template.
+pub const COLD: &str = "io.kapsel.cold";
+/// Size of the scratch disk in bytes, instead of an overlay in memory.
+pub const STORAGE: &str = "io.kapsel.storage";
+/// The signal that asks the container to stop, as a number.
+pub const STOP_SIGNAL: &str = "io.kapsel.stop-signal";
+
+const PREFIX: &str = "io.kapsel.";
+
+/// An annotation of ours that cannot be followed.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// The value does not fit.
+    #[error("annotation {key}={value:?} is not valid: {expected}")]
+    BadValue {
+        /// Which one.
+        key: String,
+        /// What was found.
+        value: String,
+        /// What is accepted.
+        expected: String,
+    },
+    /// Not one of ours, though it has our prefix.
+    #[error("unknown annotation {0}: kapsel would ignore it, so it refuses it")]
+    Unknown(String),
+}
+
+/// All annotations of one spec, parsed. `None`: the configuration decides.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// Which machine.
+    pub isolation: Option<Isolation>,
+    /// Bytes.
+    pub memory: Option<u64>,
+    /// Virtual CPUs.
+    pub cpus: Option<u32>,
+    /// No template.
+    pub cold: bool,
+    /// Bytes of the scratch disk.
+    pub storage: Option<u64>,
+    /// Signal number.
+    pub stop_signal: Option<i32>,
+}
+
+impl Wishes {
+    /// Reads a spec's annotations.
+    ///
+    /// # Errors
+    /// When one of ours is unknown or has a value that does not fit.
+    pub fn of(spec: &Spec) -> Result<Self, Error> {
+        spec.annotations().as_ref().map_or_else(|| Ok(Self::default()), Self::parse)
+    }
+
+    fn parse(annotations: &HashMap<String, String>) -> Result<Self, Error> {
+        let mut wishes = Self::default();
+        for (key, value) in annotations.iter().filter(|(key, _)| key.starts_with(PREFIX)) {
+            let bad = |expected: String| Error::BadValue { key: key.clone(), value: value.clone(), expected };
+            match key.as_str() {
+                ISOLATION => wishes.isolation = Some(value.parse().map_err(bad)?),
+                MEMORY => wishes.memory = Some(parse_size(value).map_err(bad)?),
+                STORAGE => wishes.storage = Some(parse_size(value).map_err(bad)?),
+                CPUS => {
+                    let cpus = value.parse().ok().filter(|n| (1..=64).contains(n));
+                    wishes.cpus = Some(cpus.ok_or_else(|| bad("expected a number, 1 to 64".into()))?);
+                }
+                COLD => {
+                    wishes.cold = value.parse().map_err(|_| bad("expected true or false".into()))?;
+                }
+                STOP_SIGNAL => {
+                    let signal =
+                        crate::spec::parse_signal(value).ok_or_else(|| bad("expected a signal".into()))?;
+                    wishes.stop_signal = Some(signal);
+                }
+                _ => return Err(Error::Unknown(key.clone())),
+            }
+        }
+        Ok(wishes)
+    }
+
+    /// Writes them as annotations.
+    pub fn to_annotations(&self) -> HashMap<String, String> {
+        let mut map = HashMap::new();
+        let mut put = |key: &str, value: Option<String>| {
+            if let Some(value) = value {
+                map.insert(key.to_owned(), value);
+            }
+        };
+        put(ISOLATION, self.isolation.map(|i| i.to_string()));
+        put(MEMORY, self.memory.map(|n| n.to_string()));
+        put(CPUS, self.cpus.map(|n| n.to_string()));
+        put(COLD, self.cold.then(|| "true".into()));
+        put(STORAGE, self.storage.map(|n| n.to_string()));
+        put(STOP_SIGNAL, self.stop_signal.map(|n| n.to_string()));
+        map
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let wishes = Wishes {
+            isolation: Some(Isolation::Tcg),
+            memory: Some(512 << 20),
+            cpus: Some(2),
+            cold: true,
+            storage: Some(1 << 30),
+            stop_signal: Some(3),
+        };
+        assert_eq!(Wishes::parse(&wishes.to_annotations()), Ok(wishes));
+    }
+
+    #[test]
+    fn nothing_of_ours_is_ignored() {
+        let one = |key: &str, value: &str| Wishes::parse(&HashMap::from([(key.into(), value.into())]));
+        assert_eq!(one("org.example", "x"), Ok(Wishes::default()));
+        assert!(matches!(one("io.kapsel.colour", "red"), Err(Error::Unknown(_))));
+        for (key, value) in
+            [(CPUS, "0"), (MEMORY, "much"), (COLD, "yes"), (ISOLATION, "none"), (STOP_SIGNAL, "99")]
+        {
+            assert!(matches!(one(key, value), Err(Error::BadValue { .. })), "{key}={value}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What a killed shim left behind: mounts, cgroups, sockets, directories. Every command of kapsel does this first.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{
+    listing::lost,
+    owner::{self, Owner},
+    paths::Bundle,
+    record::{self, Record, Status},
+    registry::{Error, Registry},
+};
+
+/// A bundle without a shim is left alone for so long: its maker may be about to start one.
+const BIRTH: Duration = Duration::from_secs(60);
+
+/// What was found and done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Bundles whose shim had been killed.
+    pub lost: Vec<PathBuf>,
+    /// Those of them that were removed.
+    pub removed: Vec<PathBuf>,
+}
+
+/// Clears away what dead shims left. Costs one lock per sandbox when there is nothing to do.
+///
+/// # Errors
+/// When the directory of sandboxes cannot be read; what fails in one sandbox does not keep the others from being cleared.
+pub fn sweep(registry: &Registry) -> Result<Report, Error> {
+    let mut report = Report::default();
+    for bundle in registry.bundles()? {
+        let dead = match owner::of(&bundle) {
+            Owner::Shim(_) => false,
+            Owner::Gone => needs_clearing(&bundle),
+            Owner::NotYet => is_abandoned(&bundle),
+        };
+        if !dead {
+            continue;
+        }
+        report.lost.push(bundle.dir().into());
+        match clear(registry, &bundle) {
+            Ok(true) => report.removed.push(bundle.dir().into()),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(bundle = %bundle.dir().display(), %error, "cannot clear a lost sandbox")
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// A shim that ended in order leaves an exited record and no machine directory.
+fn needs_clearing(bundle: &Bundle) -> bool {
+    bundle.machine_dir().exists()
+        || bundle.shim_socket().exists()
+        || Record::read(bundle).map_or(true, |record| record.status != Status::Exited || record.remove)
+}
+
+fn is_abandoned(bundle: &Bundle) -> bool {
+    let age = fs::metadata(bundle.dir()).and_then(|m| m.modified()).ok().and_then(|at| at.elapsed().ok());
+    age.is_some_and(|age| age > BIRTH)
+}
+
+/// Clears one bundle whose shim is gone; true when nothing of it is left.
+fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
+    // Taking the lock keeps a second command from clearing at the same time.
+    let claimed = owner::claim(bundle).map_err(|source| failed("claim", bundle.dir(), source))?;
+    let Some(_claimed) = claimed else { return Ok(false) };
+    resources(bundle)?;
+    match Record::read(bundle) {
+        Ok(mut record) if !record.remove => {
+            if record.status != Status::Exited {
+                record.status = Status::Exited;
+                record.exit = Some(lost(record::now()));
+                record.write(bundle)?;
+            }
+            Ok(false)
+        }
+        // Without a record nobody could find or remove it; with --rm it was to go anyway.
+        _ => registry.remove(bundle).map(|()| true),
+    }
+}
+
+/// Frees what a sandbox holds outside its own processes, which died with the shim. Also the last step of an orderly end.
+///
+/// # Errors
+/// When something cannot be freed.
+pub fn resources(bundle: &Bundle) -> Result<(), Error> {
+    unmount_below(bundle.dir()).map_err(|source| failed("unmount below", bundle.dir(), source))?;
+
+    for path in [bundle.shim_socket(), bundle.attach_socket()] {
+        absent(fs::remove_file(&path)).map_err(|source| failed("remove", &path, source))?;
+    }
+    let dir = bundle.machine_dir();
+    absent(fs::remove_dir_all(&dir)).map_err(|source| failed("remove", &dir, source))
+}
+
+fn failed(what: &'static str, path: &Path, source: io::Error) -> Error {
+    Error::Io { what, path: path.into(), source }
+}
+
+fn absent(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Detaches every mount below `dir`, the deepest first.
+fn unmount_below(dir: &Path) -> io::Result<()> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    let mut points: Vec<PathBuf> = mount_points(&table).filter(|point| point.starts_with(dir)).collect();
+    points.sort();
+    for point in points.iter().rev() {
+        match rustix::mount::unmount(
+            point,
+            rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW,
+        ) {
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The fifth field of each line of `/proc/self/mountinfo`, its octal escapes undone (proc(5)).
+fn mount_points(table: &str) -> impl Iterator<Item = PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    table.lines().filter_map(|line| line.split(' ').nth(4)).map(|field| {
+        let mut bytes = Vec::with_capacity(field.len());
+        let mut rest = field.as_bytes();
+        while let [first, tail @ ..] = rest {
+            let octal = |d: &[u8]| std::str::from_utf8(d).ok().and_then(|d| u8::from_str_radix(d, 8).ok());
+            match (first, tail.get(..3).and_then(octal)) {
+                (b'\\', Some(byte)) => {
+                    bytes.push(byte);
+                    rest = &tail[3..];
+                }
+                _ => {
+                    bytes.push(*first);
+                    rest = tail;
+                }
+            }
+        }
+        PathBuf::from(std::ffi::OsString::from_vec(bytes))
+    })
+}

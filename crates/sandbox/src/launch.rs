@@ -1,0 +1,190 @@
+//! From a specification to a running shim: what `kapsel run` does before it can speak to the sandbox.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, net::UnixListener, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use oci_spec::runtime::Spec;
+
+use crate::{
+    client::{self, Client},
+    config::Config,
+    paths::{Bundle, Id, Paths},
+    programs,
+    record::{self, Record},
+    registry::{self, Registry},
+};
+
+/// Why a sandbox could not be launched.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Name or directory.
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+    /// The shim is not installed.
+    #[error(transparent)]
+    Program(#[from] programs::Error),
+    /// It does not listen.
+    #[error(transparent)]
+    Client(#[from] client::Error),
+    /// The bundle cannot be written.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// A sandbox that was launched.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Its identity.
+    pub id: Id,
+    /// Its directory.
+    pub bundle: Bundle,
+    /// Connected; the machine starts with [`Client::create`].
+    pub client: Client,
+    /// Present when one was asked for.
+    pub leash: Option<Leash>,
+}
+
+/// Holds a sandbox to this process: when the process ends in any way, so does the sandbox.
+#[derive(Debug)]
+pub struct Leash(OwnedFd);
+
+impl Leash {
+    /// Lets the sandbox go on without this process.
+    ///
+    /// # Errors
+    /// When the shim is gone.
+    pub fn release(self) -> io::Result<()> {
+        rustix::io::write(&self.0, b"d")?;
+        Ok(())
+    }
+}
+
+/// How to launch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options<'a> {
+    /// End the sandbox when this process ends.
+    pub leash: bool,
+    /// What `--config` gave, for the shim to read too.
+    pub config_file: Option<&'a Path>,
+    /// What `--root` gave.
+    pub root: Option<&'a Path>,
+}
+
+/// Makes the bundle, starts its shim and connects to it. The record's name is chosen when it is empty.
+///
+/// Must run within a tokio runtime.
+///
+/// # Errors
+/// When the name is in use, the bundle cannot be written or the shim not be started. Nothing is left then.
+pub async fn launch(
+    paths: &Paths,
+    config: &Config,
+    record: &mut Record,
+    spec: &Spec,
+    options: Options<'_>,
+) -> Result<Sandbox, Error> {
+    let shim = programs::find(programs::SHIM, config)?;
+    let registry = Registry::open(paths)?;
+    let bundle = registry.create(record)?;
+    let launched = start(&shim, &bundle, &record.id, spec, options);
+    let connected = match launched {
+        Ok(leash) => {
+            Client::connect(&bundle, &record.id).await.map(|client| (client, leash)).map_err(Error::from)
+        }
+        Err(error) => Err(error),
+    };
+    match connected {
+        Ok((client, leash)) => Ok(Sandbox { id: record.id.clone(), bundle, client, leash }),
+        Err(error) => {
+            let _ = registry.remove(&bundle);
+            Err(error)
+        }
+    }
+}
+
+fn start(
+    shim: &Path,
+    bundle: &Bundle,
+    id: &Id,
+    spec: &Spec,
+    options: Options<'_>,
+) -> Result<Option<Leash>, Error> {
+    let json = serde_json::to_vec(spec).map_err(io::Error::from);
+    json.and_then(|json| record::replace(&bundle.spec(), &json)).map_err(|source| Error::Io {
+        what: "write",
+        path: bundle.spec(),
+        source,
+    })?;
+    // Bound here and not by the shim, so that nobody ever waits for a socket to appear.
+    let task = listen(&bundle.shim_socket())?;
+    let attach = listen(&bundle.attach_socket())?;
+    let (ours, theirs) = match options.leash {
+        true => {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|source| Error::Io {
+                what: "make leash for",
+                path: bundle.dir().into(),
+                source,
+            })?;
+            (Some(Leash(ours.into())), Some(OwnedFd::from(theirs)))
+        }
+        false => (None, None),
+    };
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(bundle.shim_log())
+        .map_err(|source| Error::Io { what: "create", path: bundle.shim_log(), source })?;
+
+    let mut command = Command::new(shim);
+    command.arg("serve").arg("--bundle").arg(bundle.dir()).arg("--id").arg(id.as_str());
+    let mut passed = vec![("--socket-fd", task.as_fd()), ("--attach-fd", attach.as_fd())];
+    passed.extend(theirs.as_ref().map(|leash| ("--leash-fd", leash.as_fd())));
+    for (flag, fd) in &passed {
+        command.arg(flag).arg(fd.as_raw_fd().to_string());
+    }
+    if let Some(root) = options.root {
+        command.env("KAPSEL_ROOT", root);
+    }
+    if let Some(file) = options.config_file {
+        command.env("KAPSEL_CONFIG", file);
+    }
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
+    inherit(&mut command, passed.iter().map(|(_, fd)| fd.as_raw_fd()).collect());
+    command.spawn().map_err(|source| Error::Io { what: "start", path: shim.into(), source })?;
+    Ok(ours)
+}
+
+fn listen(path: &Path) -> Result<UnixListener, Error> {
+    UnixListener::bind(path).map_err(|source| Error::Io { what: "listen on", path: path.into(), source })
+}
+
+/// Makes `fds` survive the exec, and the shim the leader of a session: keys of a terminal are not for it.
+fn inherit(command: &mut Command, fds: Vec<i32>) {
+    let in_child = move || {
+        // Only async-signal-safe system calls from here on: the parent may have threads.
+        rustix::process::setsid()?;
+        for &fd in &fds {
+            // SAFETY: `fd` is open: the caller of `inherit` keeps it until after the spawn.
+            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only; it neither allocates nor takes locks.
+    unsafe { command.pre_exec(in_child) };
+}

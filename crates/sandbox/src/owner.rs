@@ -1,0 +1,82 @@
+//! Who owns a bundle: the shim holds a lock on `shim.pid` as long as it lives, so no reused pid can be mistaken for it.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+};
+
+use rustix::{fs::FlockOperation, io::Errno};
+
+use crate::paths::Bundle;
+
+/// The lock; the bundle is owned until it is dropped.
+#[derive(Debug)]
+pub struct Ownership {
+    _file: File,
+}
+
+/// Takes a bundle for this process; `None` when another shim owns it.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn claim(bundle: &Bundle) -> io::Result<Option<Ownership>> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(bundle.shim_pid())?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    }
+    file.set_len(0)?;
+    write!(file, "{}", std::process::id())?;
+    Ok(Some(Ownership { _file: file }))
+}
+
+/// Whether and by which process a bundle is owned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// A shim lives.
+    Shim(u32),
+    /// The bundle is made, its shim is not there yet.
+    NotYet,
+    /// The shim is gone.
+    Gone,
+}
+
+/// Finds the owner of a bundle without waiting for it.
+pub fn of(bundle: &Bundle) -> Owner {
+    let Ok(mut file) = File::open(bundle.shim_pid()) else { return Owner::NotYet };
+    // A shared lock: many may look at the same time. Dropped with the file.
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Owner::Gone,
+        Err(_) => {
+            let mut text = String::new();
+            let _ = file.read_to_string(&mut text);
+            Owner::Shim(text.trim().parse().unwrap_or(0))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_owner_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = Bundle::at(dir.path());
+        assert_eq!(of(&bundle), Owner::NotYet);
+        let first = claim(&bundle).unwrap().unwrap();
+        assert!(claim(&bundle).unwrap().is_none());
+        assert_eq!(of(&bundle), Owner::Shim(std::process::id()));
+        drop(first);
+        assert_eq!(of(&bundle), Owner::Gone);
+        assert!(claim(&bundle).unwrap().is_some());
+    }
+}

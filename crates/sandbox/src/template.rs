@@ -1,0 +1,214 @@
+//! Templates: saved machines that are booted and empty, from which sandboxes start in a fraction of a boot.
+//!
+//! `templates/<key>/` holds `meta.json` and what the monitor saved. The key is a hash of everything that a saved machine
+//! depends on, so one that does not match is never found, and is collected once nothing can match it any more.
+
+use std::{
+    fs, io,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::paths::{self, Paths};
+
+/// The version of `meta.json`.
+pub const VERSION: u32 = 1;
+const MAX_META: u64 = 64 << 10;
+
+/// Why a template cannot be used or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file operation failed.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The directories are not usable.
+    #[error(transparent)]
+    Paths(#[from] paths::Error),
+    /// Not a key of a template.
+    #[error("there is no template {0:?}; `kapsel template ls` lists all")]
+    NotFound(String),
+    /// Several keys begin so.
+    #[error("{0:?} is the beginning of several templates' keys; give more digits")]
+    Ambiguous(String),
+    /// Written by a newer kapsel.
+    #[error("template {path} has version {found}, this kapsel reads up to {VERSION}; it is left alone")]
+    Newer {
+        /// The directory.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// The content is not what was saved.
+    #[error("template {path} is not usable: {reason}; `kapsel template rm` removes it")]
+    Damaged {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What kind of machine a template holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The guest kernel's release.
+    pub kernel: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// MiB.
+    pub memory_mib: u64,
+    /// Whether the machine can take shared directories.
+    pub shares: bool,
+}
+
+/// `meta.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The directory's name.
+    pub key: String,
+    /// What it holds.
+    pub shape: Shape,
+    /// Nanoseconds since 1970.
+    pub created_at: u64,
+    /// SHA-256 of the devices' saved state, hexadecimal. (The memory's would cost more than it protects from: the file
+    /// is as private as the kernel beside it.)
+    pub state_sha256: String,
+    /// The memory file's apparent size in bytes.
+    pub memory_size: u64,
+}
+
+/// A template on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// What it says of itself.
+    pub meta: Meta,
+    /// Bytes on disk.
+    pub disk_usage: u64,
+}
+
+/// All templates, the newest first; those that cannot be read with the reason.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn list(paths: &Paths) -> Result<Vec<Result<Template, Error>>, Error> {
+    let mut found: Vec<_> = directories(paths)?.iter().map(|dir| read(dir)).collect();
+    found.sort_by_key(|template| std::cmp::Reverse(template.as_ref().map_or(0, |t| t.meta.created_at)));
+    Ok(found)
+}
+
+/// Removes the template whose key begins with `prefix`. Running clones keep theirs: it is mapped.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn remove(paths: &Paths, prefix: &str) -> Result<String, Error> {
+    let name = |dir: &Path| dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut matching = directories(paths)?;
+    matching.retain(|dir| !prefix.is_empty() && name(dir).starts_with(prefix));
+    match matching.as_slice() {
+        [] => Err(Error::NotFound(prefix.into())),
+        [dir] => {
+            remove_dir(dir)?;
+            Ok(name(dir))
+        }
+        _ => Err(Error::Ambiguous(prefix.into())),
+    }
+}
+
+/// Removes all templates; returns their keys.
+///
+/// # Errors
+/// When one cannot be removed.
+pub fn remove_all(paths: &Paths) -> Result<Vec<String>, Error> {
+    let mut removed = Vec::new();
+    for dir in directories(paths)? {
+        remove_dir(&dir)?;
+        removed.push(dir.file_name().unwrap_or_default().to_string_lossy().into_owned());
+    }
+    Ok(removed)
+}
+
+fn directories(paths: &Paths) -> Result<Vec<PathBuf>, Error> {
+    let dir = paths.templates();
+    let io = |source| Error::Io { what: "list", path: dir.clone(), source };
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(io(e)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io)?;
+        let key = entry.file_name();
+        // Others are locks and unfinished builds.
+        if key.len() == KEY_LENGTH && key.to_str().is_some_and(|k| k.bytes().all(|c| c.is_ascii_hexdigit())) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+/// Hexadecimal digits of a key.
+const KEY_LENGTH: usize = 32;
+
+fn remove_dir(dir: &Path) -> Result<(), Error> {
+    let io = |source| Error::Io { what: "remove", path: dir.into(), source };
+    // Renamed first: whoever looks from now on sees no template rather than half of one.
+    let mut gone = dir.as_os_str().to_owned();
+    gone.push(".gone");
+    fs::rename(dir, &gone).map_err(io)?;
+    fs::remove_dir_all(&gone).map_err(io)
+}
+
+/// Reads and checks one template; does not look at what the monitor saved beyond its size and owner.
+///
+/// # Errors
+/// When it is damaged, newer than this program, or others could have changed it.
+pub fn read(dir: &Path) -> Result<Template, Error> {
+    let io = |what, path: &Path, source| Error::Io { what, path: path.into(), source };
+    let damaged = |reason: String| Error::Damaged { path: dir.into(), reason };
+    let meta_path = dir.join("meta.json");
+    let mut disk_usage = 0;
+    for entry in fs::read_dir(dir).map_err(|e| io("list", dir, e))? {
+        let path = entry.map_err(|e| io("list", dir, e))?.path();
+        let meta = fs::symlink_metadata(&path).map_err(|e| io("look at", &path, e))?;
+        if !meta.is_file()
+            || meta.uid() != rustix::process::geteuid().as_raw()
+            || meta.permissions().mode() & 0o022 != 0
+        {
+            return Err(damaged(format!("{} could have been changed by others", path.display())));
+        }
+        if path == meta_path && meta.len() > MAX_META {
+            return Err(damaged("meta.json is too large".into()));
+        }
+        disk_usage += meta.blocks() * 512;
+    }
+    let bytes = fs::read(&meta_path).map_err(|e| io("read", &meta_path, e))?;
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let Version { version } = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    if version > VERSION {
+        return Err(Error::Newer { path: dir.into(), found: version });
+    }
+    let meta: Meta = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    if dir.file_name().is_none_or(|name| name != meta.key.as_str()) {
+        return Err(damaged("it has another template's key".into()));
+    }
+    Ok(Template { dir: dir.into(), meta, disk_usage })
+}
