@@ -261,6 +261,20 @@ fn apply(plan: &Plan, root: RawFd, index: usize, op: &Op) -> Done {
             bind(found, c"", root, target, *attrs, *submounts).at_item(Step::Bind, index)?;
             close(found);
         }
+        Op::Cover { target } => {
+            let options = [(c"size", c"4k"), (c"nr_inodes", c"2"), (c"mode", c"0555")];
+            let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+            let mount = tmpfs(&options, attrs | libc::MOUNT_ATTR_RDONLY).at_item(Step::Tmpfs, index)?;
+            move_mount_over(mount, root, target).at_item(Step::Tmpfs, index)?;
+            close(mount);
+        }
+        Op::CoverFile { target } => {
+            let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+            let tree = clone_tree(root, c".empty", attrs | libc::MOUNT_ATTR_RDONLY, false)
+                .at_item(Step::Bind, index)?;
+            move_mount_over(tree, root, target).at_item(Step::Bind, index)?;
+            close(tree);
+        }
         Op::Node { target, mode, rdev } => {
             node(plan, root, target, *mode, *rdev).at_item(Step::Device, index)?;
         }
@@ -286,6 +300,14 @@ fn open_same(source: &CStr, device: u64, inode: u64) -> Res<RawFd> {
 /// Bind-mounts a copy of the mount at `dir`/`path`, restricted *before* it becomes visible. Only adds restrictions: in a user namespace
 /// those of the host's mount cannot be taken away.
 fn bind(dir: RawFd, path: &CStr, root: RawFd, target: &CStr, attrs: u64, submounts: bool) -> Res {
+    let tree = clone_tree(dir, path, attrs, submounts)?;
+    move_mount(tree, root, target)?;
+    close(tree);
+    Ok(())
+}
+
+/// A copy of the mount at `dir`/`path`, restricted, mounted nowhere yet.
+fn clone_tree(dir: RawFd, path: &CStr, attrs: u64, submounts: bool) -> Res<RawFd> {
     let recursive = if submounts { libc::AT_RECURSIVE as usize } else { 0 };
     let flags =
         libc::OPEN_TREE_CLONE as usize | libc::OPEN_TREE_CLOEXEC as usize | libc::AT_EMPTY_PATH as usize;
@@ -293,8 +315,16 @@ fn bind(dir: RawFd, path: &CStr, root: RawFd, target: &CStr, attrs: u64, submoun
     let tree = unsafe { sys::open_tree(sys::fd(dir), sys::ptr(path), flags | recursive) }? as RawFd;
     let attributes = MountAttr { attr_set: attrs, ..MountAttr::default() };
     set_attributes(tree, &attributes, submounts)?;
-    move_mount(tree, root, target)?;
-    close(tree);
+    Ok(tree)
+}
+
+/// Attaches a mount at a place inside a bound tree, which is somebody else's: no symbolic link on the way is followed.
+fn move_mount_over(mount: RawFd, root: RawFd, target: &CStr) -> Res {
+    let place = open(root, target, libc::O_PATH, libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_BENEATH)?;
+    let flags = (libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH) as usize;
+    // SAFETY: valid descriptors, and empty strings.
+    unsafe { sys::move_mount(sys::fd(mount), sys::ptr(c""), sys::fd(place), sys::ptr(c""), flags) }?;
+    close(place);
     Ok(())
 }
 

@@ -16,17 +16,48 @@ use crate::jail::{Access, Item, Jail};
 use crate::process::own_pid;
 use crate::ruleset::Ruleset;
 use crate::seccomp;
+use crate::submounts;
 use crate::sys;
 
 /// One change of the new root's file tree. Targets are relative to the new root.
 #[derive(Debug)]
 pub(crate) enum Op {
-    Directory { target: CString },
-    File { target: CString },
-    Tmpfs { target: CString, size: CString, uid: CString, gid: CString },
-    Bind { target: CString, source: CString, device: u64, inode: u64, attrs: u64, submounts: bool },
-    Node { target: CString, mode: u32, rdev: u64 },
-    OwnDescriptors { target: CString },
+    Directory {
+        target: CString,
+    },
+    File {
+        target: CString,
+    },
+    Tmpfs {
+        target: CString,
+        size: CString,
+        uid: CString,
+        gid: CString,
+    },
+    Bind {
+        target: CString,
+        source: CString,
+        device: u64,
+        inode: u64,
+        attrs: u64,
+        submounts: bool,
+    },
+    /// Hides a directory with an empty one.
+    Cover {
+        target: CString,
+    },
+    /// Hides a file with an empty one.
+    CoverFile {
+        target: CString,
+    },
+    Node {
+        target: CString,
+        mode: u32,
+        rdev: u64,
+    },
+    OwnDescriptors {
+        target: CString,
+    },
 }
 
 impl Op {
@@ -36,6 +67,8 @@ impl Op {
             | Op::File { target }
             | Op::Tmpfs { target, .. }
             | Op::Bind { target, .. }
+            | Op::Cover { target }
+            | Op::CoverFile { target }
             | Op::Node { target, .. }
             | Op::OwnDescriptors { target } => target,
         }
@@ -84,6 +117,9 @@ pub(crate) struct Plan {
 
 /// How many descriptors can be passed to a child.
 pub(crate) const MAX_FDS: usize = 64;
+
+/// In the new root: what hidden files are covered with.
+pub(crate) const EMPTY_FILE: &str = ".empty";
 
 const RDONLY: u64 = libc::MOUNT_ATTR_RDONLY;
 const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
@@ -287,7 +323,40 @@ impl<'a> Tree<'a> {
             attrs,
             submounts,
         });
+        if submounts {
+            self.hide_interfaces(relative, &real)?;
+        }
         Ok(meta.is_dir())
+    }
+
+    /// A bind with its submounts is one of somebody's files; the kernel's own file systems are no part of it.
+    fn hide_interfaces(&mut self, relative: &Path, real: &Path) -> Result<()> {
+        let table =
+            submounts::mountinfo().map_err(|e| prepare(self.name, "read", "/proc/self/mountinfo", e))?;
+        let beneath = submounts::beneath(real, &table);
+        if let Some(kind) = beneath.interface {
+            let path = real.display();
+            let problem = format!(
+                "{path} cannot be shared: it is in a {kind} file system, which is an interface of the kernel"
+            );
+            return Err(invalid(self.name, problem));
+        }
+        for point in beneath.hidden {
+            let target = c_string(self.name, relative.join(&point).as_os_str())?;
+            // One that is out of reach even for us is out of the file server's.
+            match real.join(&point).symlink_metadata() {
+                Ok(meta) if meta.is_dir() => self.ops.push(Op::Cover { target }),
+                Ok(_) => {
+                    if self.made.insert(EMPTY_FILE.into()) {
+                        self.ops.push(Op::File { target: c_string(self.name, OsStr::new(EMPTY_FILE))? });
+                    }
+                    self.ops.push(Op::CoverFile { target });
+                }
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(_) => self.ops.push(Op::Cover { target }),
+            }
+        }
+        Ok(())
     }
 
     /// As root: a node of the jail's own, since the host's may be closed to the jail's user. Else the host's.

@@ -53,3 +53,15 @@ pub(crate) fn with_exec_gate(filter: &[sock_filter], program: &CStr) -> Vec<sock
     ];
     gate.into_iter().chain(filter.iter().cloned()).collect()
 }
+
+/// Answers these calls with an error instead of killing: calls that libraries try, and do without when they are not there.
+pub(crate) fn with_errors(filter: &[sock_filter], errors: &[(libc::c_long, i32)]) -> Vec<sock_filter> {
+    let mut program =
+        vec![load(ARCH), require(X86_64, u8::try_from(errors.len() * 2 + 1).unwrap_or(u8::MAX)), load(NR)];
+    for (nr, errno) in errors {
+        program.push(require(u32::try_from(*nr).unwrap_or(u32::MAX), 1));
+        program.push(ret(libc::SECCOMP_RET_ERRNO | (errno.unsigned_abs() & libc::SECCOMP_RET_DATA)));
+    }
+    program.extend(filter.iter().cloned());
+    program
+}

@@ -1,10 +1,16 @@
 //! The jails of the programs that kapsel runs.
 
+mod fsd;
+mod qemu;
+
 use std::path::Path;
 
 use crate::elf;
 use crate::error::Result;
 use crate::jail::Jail;
+
+pub use fsd::{Share, fsd};
+pub use qemu::qemu;
 
 impl Jail {
     /// Sets the program to a host file, shown at the same path inside, with its loader and exactly the libraries that it needs.
@@ -24,18 +30,4 @@ impl Jail {
         }
         Ok(jail)
     }
-}
-
-/// QEMU's jail: the program with its libraries and firmware. Arguments, disks, sockets and identity are the caller's to add.
-///
-/// # Errors
-/// When QEMU is not there, or a library of it.
-pub fn qemu(program: &Path) -> Result<Jail> {
-    let mut jail = Jail::new("qemu").program_with_libraries(program)?;
-    for firmware in ["/usr/share/qemu", "/usr/share/seabios"] {
-        if Path::new(firmware).is_dir() {
-            jail = jail.bind_ro(firmware, firmware);
-        }
-    }
-    Ok(jail)
 }

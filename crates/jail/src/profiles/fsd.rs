@@ -1,0 +1,89 @@
+//! kapsel-fsd's jail.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use crate::caps::{Cap, CapSet};
+use crate::error::{Error, Result};
+use crate::filters;
+use crate::identity::Identity;
+use crate::jail::{Access, Jail, Resource};
+
+/// A host directory or file to share with a guest.
+#[derive(Debug, Clone, Copy)]
+pub struct Share<'a> {
+    /// The directory; or a file, which the guest then finds under its name in a directory that holds nothing else.
+    pub source: &'a Path,
+    /// Whether the guest may only read. Enforced by the mount in the jail and by the file server.
+    pub read_only: bool,
+    /// The virtio-fs tag to report, for monitors that ask for it (QEMU has it as a device property).
+    pub tag: Option<&'a str>,
+}
+
+/// Descriptors that a guest can make the server hold: one per file that the guest has cached or open. A bound on the host kernel's
+/// memory (about 1 KiB each), and far above what a guest of a few GiB caches.
+const OPEN_FILES: u64 = 256 << 10;
+
+/// What a writable share needs, for the guest's root to be a root over these files: create as any user, change owner and mode, pass
+/// permission bits, keep set-id bits. Not CAP_MKNOD: a device node on the host is no file. Not CAP_SETFCAP, which gives
+/// programs on the host capabilities. Not CAP_DAC_READ_SEARCH, which opens files by handle, anywhere.
+const WRITE_CAPS: CapSet =
+    CapSet::of(&[Cap::Chown, Cap::DacOverride, Cap::Fowner, Cap::Fsetid, Cap::Setuid, Cap::Setgid]);
+
+/// What a read-only share needs: reading whatever the guest's root may read. Opening by handle is not on the filter's list.
+const READ_CAPS: CapSet = CapSet::of(&[Cap::DacReadSearch]);
+
+/// The number of the socket in the child.
+const SOCKET: i32 = 3;
+
+/// kapsel-fsd's jail for one share of sandbox `id`. `socket` is a listening Unix socket; the first connection to it is served until
+/// it ends, and the process with it.
+///
+/// The share is at `/share`, with the file systems that are mounted beneath it, but not the kernel's own (/proc, /sys, …): those are hidden,
+/// and sharing one itself is an error. As root, a writable share is served as user 0 with six capabilities, a
+/// read-only one as the sandbox's user with one; otherwise as ourselves, and our files are the guest's root's.
+///
+/// # Errors
+/// When the program, or the shared file or directory, cannot be used.
+pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Result<Jail> {
+    let failed = |source| Error::Prepare {
+        name: "kapsel-fsd".to_owned(),
+        action: "share",
+        subject: share.source.display().to_string(),
+        source,
+    };
+    let meta = share.source.metadata().map_err(failed)?;
+    let access = if share.read_only { Access::Read } else { Access::Write };
+    let mut jail = Jail::new("kapsel-fsd")
+        .program_with_libraries(program)?
+        .own_descriptors("/fd")
+        .args(["--share", "/share", "--socket-fd", "3"])
+        .fd(socket, SOCKET)
+        .rlimit(Resource::OpenFiles, OPEN_FILES)
+        .seccomp(filters::fsd()?)
+        // The server applies the guest's own mask.
+        .umask(0);
+    jail = if meta.is_dir() {
+        jail.bind(share.source, "/share", access, true)
+    } else if meta.is_file() {
+        let name = share.source.file_name().unwrap_or_default();
+        jail.bind(share.source, Path::new("/share").join(name), access, true)
+    } else {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is neither a directory nor a regular file",
+        )));
+    };
+    if share.read_only {
+        jail = jail.arg("--read-only");
+    }
+    if let Some(tag) = share.tag {
+        jail = jail.args(["--tag", tag]);
+    }
+    Ok(match (rustix::process::geteuid().is_root(), share.read_only) {
+        (true, true) => jail.identity(Identity::of_sandbox(id)).capabilities(READ_CAPS),
+        (true, false) => jail.identity(Identity::Ids { uid: 0, gid: 0 }).capabilities(WRITE_CAPS),
+        (false, _) => jail.arg("--map-owner"),
+    })
+}
