@@ -31,6 +31,11 @@ impl Digest {
         hex::encode(&self.0[..6])
     }
 
+    /// The digest's 32 bytes.
+    pub(crate) fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// Reads the 64 hex digits of a blob's file name.
     pub fn from_hex(hex: &str) -> Option<Digest> {
         let mut bytes = [0; 32];

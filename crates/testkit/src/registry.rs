@@ -1,0 +1,6 @@
+//! A local registry.
+
+/// A registry.
+pub struct Registry;
+/// A fault.
+pub enum Fault {}
