@@ -1,0 +1,154 @@
+//! The block device (virtio 1.2, section 5.2) on a raw file or a block device of the host.
+
+mod file;
+mod request;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+use crate::queue::{Queue, QueueError};
+use crate::{Activation, Device, Event, Kind};
+use file::Backing;
+
+/// A sector of the virtio protocol, in bytes, whatever the disk's own is.
+pub const SECTOR: u64 = 512;
+
+const QUEUE_SIZE: u16 = 256;
+/// Data buffers of a request: a full queue less header and status.
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Ranges in a discard or write-zeroes request.
+const RANGES_MAX: u32 = 16;
+/// Sectors that one range of a discard may have: 4 GiB. It is only a note to the file system.
+const DISCARD_SECTORS_MAX: u32 = 1 << 23;
+/// Sectors that one range of zeroes may have: 1 MiB. It may have to be written.
+const ZERO_SECTORS_MAX: u32 = 2048;
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be opened.
+    #[error("cannot open the disk {path}: {source}")]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is a directory, a pipe or the like.
+    #[error("the disk {0} is neither a regular file nor a block device")]
+    Kind(PathBuf),
+}
+
+/// What a disk is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The serial number that the guest sees; cut to 20 bytes.
+    pub serial: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Whether the guest may ask for its writes to be durable. Without it the host's cache decides.
+    pub flush: bool,
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct Block {
+    config: Config,
+    backing: Backing,
+    queue: Option<Queue>,
+}
+
+impl Block {
+    /// Opens the disk's file.
+    ///
+    /// # Errors
+    /// [`Error`] when it cannot be opened or is no disk.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let backing = Backing::open(&config.path, config.read_only)?;
+        Ok(Block { config, backing, queue: None })
+    }
+
+    /// What the disk is made of.
+    pub fn description(&self) -> &Config {
+        &self.config
+    }
+
+    /// Continues with another file, or with the same one at a new size. The driver has to be told, because the capacity
+    /// may be another: see [`Transport::reconfigure`](crate::mmio::Transport::reconfigure).
+    ///
+    /// # Errors
+    /// [`Error`]; the disk then stays as it was.
+    pub fn replace(&mut self, path: &Path) -> Result<(), Error> {
+        self.backing = Backing::open(path, self.config.read_only)?;
+        self.config.path = path.to_owned();
+        Ok(())
+    }
+}
+
+impl Device for Block {
+    fn kind(&self) -> Kind {
+        Kind::Block
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = 1 << VIRTIO_BLK_F_SEG_MAX;
+        if self.config.flush {
+            features |= 1 << VIRTIO_BLK_F_FLUSH;
+        }
+        if self.config.read_only {
+            features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE]
+    }
+
+    /// The layout is that of section 5.2.4; fields of features that are not offered are zero.
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; 60];
+        let mut put =
+            |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.backing.sectors.to_le_bytes());
+        put(12, &SEGMENTS_MAX.to_le_bytes());
+        put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
+        put(40, &RANGES_MAX.to_le_bytes());
+        // Discards are useful from 4 KiB on, the usual block of a file system.
+        put(44, &8u32.to_le_bytes());
+        put(48, &ZERO_SECTORS_MAX.to_le_bytes());
+        put(52, &RANGES_MAX.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), QueueError> {
+        self.queue = Some(activation.take(0)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.queue = None;
+    }
+
+    fn handle(&mut self, _event: Event) -> Result<bool, QueueError> {
+        let Some(queue) = &mut self.queue else { return Ok(false) };
+        let disk = request::Disk { backing: &self.backing, config: &self.config };
+        queue.serve(|chain| match chain {
+            Ok(chain) => Some(disk.serve(chain)),
+            Err(error) => {
+                tracing::debug!(disk = self.config.serial, %error, "a disk request is malformed");
+                Some(0)
+            }
+        })
+    }
+}

@@ -1,0 +1,120 @@
+//! Virtio devices for a microVM monitor.
+//!
+//! A device lives behind a [`mmio::Transport`]. The guest's driver negotiates features and describes its queues there; at
+//! DRIVER_OK every description is checked and frozen into a [`queue::Queue`], which moves into the device. From then on the
+//! device looks at guest memory only through its queues, and the driver can only reset it.
+//!
+//! Everything in guest memory is hostile: descriptors are checked as they are read, lengths are bounded before anything is
+//! allocated, and a request that makes no sense is completed with an error or with nothing written.
+//!
+//! Devices never block on the guest and have no threads: the monitor's event loop tells them what happened
+//! ([`Device::handle`]).
+
+pub mod block;
+pub mod chain;
+mod interrupt;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod vsock;
+
+#[cfg(test)]
+mod testing;
+
+use std::os::fd::BorrowedFd;
+
+pub use interrupt::Interrupt;
+use queue::{Queue, QueueError};
+
+/// The guest's memory.
+pub type Memory = vm_memory::GuestMemoryMmap<()>;
+
+/// A device's type (virtio 1.2, section 5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// Network card.
+    Net = 1,
+    /// Block device.
+    Block = 2,
+    /// Entropy source.
+    Rng = 4,
+    /// Traditional memory balloon.
+    Balloon = 5,
+    /// Socket.
+    Vsock = 19,
+}
+
+/// What a device is given when the driver has finished its configuration.
+pub struct Activation {
+    /// The features that device and driver agreed on.
+    pub features: u64,
+    /// One per queue of the device; `None` for one that the driver did not set up.
+    pub queues: Vec<Option<Queue>>,
+    /// How the device calls for the driver's attention outside of queues.
+    pub interrupt: Interrupt,
+}
+
+impl Activation {
+    /// Takes a queue that the device cannot work without.
+    ///
+    /// # Errors
+    /// [`QueueError::Missing`] when the driver did not set it up.
+    pub fn take(&mut self, index: usize) -> Result<Queue, QueueError> {
+        self.queues.get_mut(index).and_then(Option::take).ok_or(QueueError::Missing(index))
+    }
+
+    /// Whether the feature with this bit number was agreed on.
+    pub fn has(&self, feature: u32) -> bool {
+        self.features & (1 << feature) != 0
+    }
+}
+
+/// Something for a device to look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The driver made buffers available in the queue.
+    Queue(usize),
+    /// The descriptor of that index in [`Device::sources`] is ready.
+    Source(usize),
+}
+
+/// A virtio device: what it offers, and what it does once it is active.
+pub trait Device: Send {
+    /// The device's type.
+    fn kind(&self) -> Kind;
+
+    /// Features of the device; the transport adds its own.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue; a power of two.
+    fn queue_sizes(&self) -> &'static [u16];
+
+    /// The device's configuration space. Reads beyond it give zeroes.
+    fn config(&self) -> Vec<u8>;
+
+    /// The driver writes to the configuration space. Most devices have nothing to write.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The driver is ready: queues move into the device.
+    ///
+    /// # Errors
+    /// When a queue that the device needs is missing; the device then stays inactive and asks to be reset.
+    fn activate(&mut self, activation: Activation) -> Result<(), QueueError>;
+
+    /// Forgets the queues and everything that belongs to the driver's session. Nothing touches guest memory afterwards.
+    fn reset(&mut self);
+
+    /// Descriptors that make the device work when they are readable. They are watched, level-triggered, during the
+    /// device's whole life; a device with many of its own gives one that stands for all (epoll).
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// Works on what happened, for a bounded time. Only called while the device is active. True when there is more to do
+    /// in the queue: the event then comes again, after those of other devices.
+    ///
+    /// # Errors
+    /// When a queue cannot be used any more; the device then asks to be reset.
+    fn handle(&mut self, event: Event) -> Result<bool, QueueError>;
+}
