@@ -9,10 +9,10 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Context;
 use crate::lock::Lock;
-use crate::{Kernel, Result, cpio};
+use crate::{Kernel, Result, acpi, cpio};
 
 /// Changes when the archive's layout does, so that cached ones are made again.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 
 /// Where the agent finds the modules' paths, one a line, in the order to load them in.
 const MODULES: &str = "lib/kapsel/modules";
@@ -80,6 +80,11 @@ fn write(agent: &Path, kernel: &Kernel, out: impl Write) -> Result<()> {
     }
     let make = || {
         let mut archive = cpio::Writer::new(BufWriter::new(out));
+        // The kernel looks for tables before it unpacks the archive.
+        for dir in ["kernel", "kernel/firmware", "kernel/firmware/acpi"] {
+            archive.directory(dir, 0o755)?;
+        }
+        archive.file(acpi::PATH, 0o644, &acpi::table())?;
         // The kernel opens the console for process 1 before anything is mounted, and mounts devtmpfs only later.
         archive.directory("dev", 0o755)?;
         archive.character_device("dev/console", 0o600, 5, 1)?;

@@ -3,6 +3,7 @@
 //! Nothing is installed on the host: Debian's kernel package is downloaded by apt, which verifies it, and only the kernel
 //! image and the few modules that a sandbox needs are kept below the data directory.
 
+mod acpi;
 mod archive;
 mod cpio;
 mod error;

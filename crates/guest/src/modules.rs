@@ -11,7 +11,7 @@ use crate::{Error, Result, archive};
 
 /// What a sandbox's guest needs, as modules or built into the kernel.
 const NEEDED: &[&str] = &[
-    "virtio_pci",
+    "virtio_mmio",
     "virtio_console",
     "virtio_blk",
     "erofs",
@@ -117,10 +117,10 @@ mod tests {
         module(dir.path(), "fs/erofs.ko", "lib-a,virtio");
         module(dir.path(), "lib/lib-a.ko", "lib_b");
         module(dir.path(), "lib/lib_b.ko", "");
-        fs::write(dir.path().join("modules.builtin"), "kernel/x/virtio.ko\nkernel/x/virtio_pci.ko\n")
+        fs::write(dir.path().join("modules.builtin"), "kernel/x/virtio.ko\nkernel/x/virtio_mmio.ko\n")
             .unwrap();
         let order: Vec<_> = needed(dir.path(), "6").unwrap().into_iter().map(|m| m.name).collect();
-        assert!(!order.contains(&"virtio_pci".into()));
+        assert!(!order.contains(&"virtio_mmio".into()));
         let at = |name: &str| order.iter().position(|n| n == name).unwrap();
         assert!(at("lib_b") < at("lib_a") && at("lib_a") < at("erofs"));
     }
@@ -129,6 +129,6 @@ mod tests {
     fn a_missing_module_is_named() {
         let dir = tempfile::tempdir().unwrap();
         module(dir.path(), "a.ko", "");
-        assert!(needed(dir.path(), "6.0").err().unwrap().to_string().contains("6.0 has no virtio_pci"));
+        assert!(needed(dir.path(), "6.0").err().unwrap().to_string().contains("6.0 has no virtio_mmio"));
     }
 }
