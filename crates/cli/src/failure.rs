@@ -39,17 +39,52 @@ impl Failure {
         self
     }
 
+    /// Puts what was tried before the message.
+    pub fn about(mut self, tried: &str) -> Self {
+        self.message = format!("{tried}: {}", self.message);
+        self
+    }
+
     /// Prints the failure on standard error and gives the exit code.
     pub fn report(&self) -> u8 {
         let style = output::stderr_style();
-        let (red, cyan, reset) = (style.red(), style.cyan(), style.reset());
-        // A message of several lines would bury the hint.
-        let message = self.message.replace('\n', "; ");
-        output::complain(&format!("{red}kapsel: {reset}{message}"));
-        if let Some(hint) = &self.hint {
-            output::complain(&format!("{cyan}hint: {reset}{hint}"));
-        }
+        self.print(style.red(), "kapsel");
         self.code
+    }
+
+    /// Prints it as something that the command could do without.
+    pub fn warn(&self) {
+        let style = output::stderr_style();
+        self.print(style.yellow(), "kapsel: warning");
+    }
+
+    fn print(&self, colour: &str, prefix: &str) {
+        let style = output::stderr_style();
+        let (cyan, reset) = (style.cyan(), style.reset());
+        // A message of several lines would bury the hint; and parts of it may come from a guest.
+        let clean = |text: &str| text.trim_end().lines().map(str::trim).collect::<Vec<_>>().join(" | ");
+        let message = output::table::harmless(&clean(&self.message), 4000);
+        output::complain(&format!("{colour}{prefix}: {reset}{message}"));
+        if let Some(hint) = &self.hint {
+            output::complain(&format!("{cyan}hint: {reset}{}", output::table::harmless(&clean(hint), 4000)));
+        }
+    }
+}
+
+impl Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// The libraries' errors read `what failed: why; what to do`.
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let text = error.to_string();
+        match text.split_once("; ") {
+            Some((message, hint)) => Failure::new(message).hint(hint),
+            None => Failure::new(text),
+        }
     }
 }
 
@@ -58,4 +93,17 @@ pub fn report_usage(error: &clap::Error) -> u8 {
     // Nothing can be done when there is nobody to read it.
     let _ = error.print();
     if error.use_stderr() { FAILED } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_becomes_the_hint() {
+        let failure = Failure::from(std::io::Error::other("no image x here: gone; pull it; or not"));
+        assert_eq!(failure.message, "no image x here: gone");
+        assert_eq!(failure.hint.as_deref(), Some("pull it; or not"));
+        assert_eq!(failure.code, FAILED);
+    }
 }

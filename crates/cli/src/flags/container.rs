@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::run::ProcessFlags;
-use super::value::{CopyPath, DetachKeys, Signal};
+use super::value::{CopyPath, DetachKeys, signal};
 
 /// Containers, by name or the beginning of an id.
 #[derive(Args, Debug)]
@@ -44,9 +44,12 @@ pub struct Exec {
 ///
 /// One of SRC and DST is CONTAINER:PATH, the other a path here, or '-' for a tar archive on standard input or output.
 /// As with 'cp -a': a directory is copied whole; into DST when that is a directory, as DST when it does not exist.
-/// 'SRC/.' copies what is in SRC. Links are copied as links; owners are kept only into a container.
+/// 'SRC/.' copies what is in SRC. Links are copied as links; files belong to the container's root, or to you.
 #[derive(Args, Debug)]
 pub struct Cp {
+    /// Keep the owners of files
+    #[arg(short, long)]
+    pub archive: bool,
     /// Follow a link that SRC itself is
     #[arg(short = 'L', long)]
     pub follow_link: bool,
@@ -133,12 +136,12 @@ pub struct Attach {
 /// End containers: their stop signal first, SIGKILL after a grace period
 #[derive(Args, Debug)]
 pub struct Stop {
-    /// Seconds to wait before SIGKILL
-    #[arg(short, long = "timeout", visible_alias = "time", value_name = "SECONDS", default_value_t = 10)]
-    pub timeout: u32,
+    /// Seconds to wait before SIGKILL [default: 10]
+    #[arg(short, long = "timeout", visible_alias = "time", value_name = "SECONDS")]
+    pub timeout: Option<u64>,
     /// Signal to send first, instead of the container's own
-    #[arg(short, long, value_name = "SIGNAL")]
-    pub signal: Option<Signal>,
+    #[arg(short, long, value_name = "SIGNAL", value_parser = signal)]
+    pub signal: Option<i32>,
     /// Containers.
     #[command(flatten)]
     pub containers: Names,
@@ -148,8 +151,8 @@ pub struct Stop {
 #[derive(Args, Debug)]
 pub struct Kill {
     /// Which, by name or number
-    #[arg(short, long, value_name = "SIGNAL", default_value = "KILL")]
-    pub signal: Signal,
+    #[arg(short, long, value_name = "SIGNAL", value_parser = signal, default_value = "KILL")]
+    pub signal: i32,
     /// Containers.
     #[command(flatten)]
     pub containers: Names,

@@ -29,6 +29,10 @@ pub struct Cli {
     )]
     pub root: Option<PathBuf>,
 
+    /// Read this configuration instead of those in /etc/kapsel and the user's own
+    #[arg(long, global = true, value_name = "FILE", display_order = 901)]
+    pub config: Option<PathBuf>,
+
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -104,7 +108,7 @@ impl Cli {
             list.push('\n');
         }
         list += "'kapsel COMMAND --help' says more about a command.";
-        command.override_usage("kapsel [--root DIR] COMMAND ...").help_template(format!(
+        command.override_usage("kapsel [OPTIONS] COMMAND ...").help_template(format!(
             "{{about}}\n\n{{usage-heading}} {{usage}}\n\n{list}\n\n{heading}Options:{heading:#}\n{{options}}"
         ))
     }

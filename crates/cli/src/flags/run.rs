@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::value::{Bytes, Cpus, DetachKeys, EnvVar, Label, Signal, Tmpfs, Ulimit, Volume};
+use kapsel_sandbox::config::{self, parse_size};
+use kapsel_sandbox::spec::{Tmpfs, Ulimit, Volume};
+
+use super::value::{DetachKeys, EnvVar, Label, cpus, signal};
 
 /// Run a command in a new container
 ///
@@ -32,9 +35,9 @@ pub struct Run {
     /// Replace the image's entrypoint; an empty one removes it
     #[arg(long, value_name = "PROGRAM")]
     pub entrypoint: Option<String>,
-    /// When to fetch the image from its registry
-    #[arg(long, value_enum, value_name = "WHEN", default_value_t = PullPolicy::Missing)]
-    pub pull: PullPolicy,
+    /// When to fetch the image from its registry [default: missing]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub pull: Option<PullPolicy>,
     /// Host name of the container, instead of the beginning of its id
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
@@ -42,8 +45,8 @@ pub struct Run {
     #[arg(short, long = "label", value_name = "NAME=VALUE")]
     pub labels: Vec<Label>,
     /// Signal that 'kapsel stop' sends first, instead of the image's
-    #[arg(long, value_name = "SIGNAL")]
-    pub stop_signal: Option<Signal>,
+    #[arg(long, value_name = "SIGNAL", value_parser = signal)]
+    pub stop_signal: Option<i32>,
     /// Keys that let go of the terminal and leave the container running; empty for none
     #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
     pub detach_keys: DetachKeys,
@@ -126,14 +129,14 @@ pub struct FileFlags {
 #[command(next_help_heading = "Machine")]
 pub struct MachineFlags {
     /// Memory of the machine, such as 512m or 2g
-    #[arg(short, long, value_name = "BYTES")]
-    pub memory: Option<Bytes>,
+    #[arg(short, long, value_name = "BYTES", value_parser = parse_size)]
+    pub memory: Option<u64>,
     /// CPUs that the container may use, such as 2 or 0.5
-    #[arg(long, value_name = "NUMBER")]
-    pub cpus: Option<Cpus>,
+    #[arg(long, value_name = "NUMBER", value_parser = cpus)]
+    pub cpus: Option<f64>,
     /// Keep changes on a disk of this size, instead of in the machine's memory
-    #[arg(long, value_name = "BYTES")]
-    pub storage: Option<Bytes>,
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub storage: Option<u64>,
     /// How the machine is kept apart from this one
     #[arg(long, value_enum, value_name = "HOW")]
     pub isolation: Option<Isolation>,
@@ -171,6 +174,16 @@ pub enum Isolation {
     Kvm,
     /// QEMU's emulation, held by its jail; QEMU itself does not call it a security boundary
     Tcg,
+}
+
+impl From<Isolation> for config::Isolation {
+    fn from(isolation: Isolation) -> Self {
+        match isolation {
+            Isolation::Auto => Self::Auto,
+            Isolation::Kvm => Self::Kvm,
+            Isolation::Tcg => Self::Tcg,
+        }
+    }
 }
 
 /// How timings are printed.

