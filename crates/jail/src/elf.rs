@@ -12,14 +12,17 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// What a program needs besides itself.
+/// What a program, or a library, needs besides itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Needs {
-    /// The dynamic loader's path, as the program names it; none for a static program.
+    /// The dynamic loader's path, as the program names it; none for a static program, or a library.
     pub loader: Option<PathBuf>,
     /// Libraries by the name under which they are asked for, with their place on the host.
     pub libraries: BTreeMap<String, PathBuf>,
 }
+
+/// The name under which libraries ask for the loader.
+const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// Follows `DT_NEEDED` from `program` on. Fails with the name of the first library that is nowhere to be found.
 pub(crate) fn needs(program: &Path) -> Result<Needs> {
@@ -31,13 +34,12 @@ pub(crate) fn needs(program: &Path) -> Result<Needs> {
     };
     let first = Dynamic::read(program).map_err(|e| failed(program, e))?;
     let mut needs = Needs { loader: first.interpreter.clone(), libraries: BTreeMap::new() };
-    if needs.loader.is_none() {
+    if first.needed.is_empty() {
         return Ok(needs);
     }
     let search = Search::new();
     // The C library asks for the loader, which is there before any library is.
-    let loader_name = needs.loader.as_ref().and_then(|l| l.file_name()).unwrap_or_default().to_string_lossy();
-    let mut seen = BTreeSet::from([loader_name.into_owned()]);
+    let mut seen = BTreeSet::from([LOADER.to_owned()]);
     let mut queue = VecDeque::from([(program.to_owned(), first)]);
     while let Some((object, dynamic)) = queue.pop_front() {
         for name in &dynamic.needed {

@@ -273,7 +273,10 @@ impl<'a> Tree<'a> {
     fn item(&mut self, relative: &Path, item: &Item, ruleset: Option<&Ruleset>) -> Result<()> {
         let target = c_string(self.name, relative.as_os_str())?;
         match item {
-            Item::Directory => self.directory(relative)?,
+            Item::Directory => {
+                self.directory(relative)?;
+                self.rule(&target, ruleset.map(|r| r.rights(Access::Read, true)));
+            }
             Item::Tmpfs { bytes } => {
                 self.directory(relative)?;
                 let (uid, gid) = self.jail.identity.ids();

@@ -51,6 +51,10 @@ pub fn fsd() -> Result<BpfProgram> {
         .allow(&[SYS_access, SYS_prlimit64])
         .allow_values(SYS_arch_prctl, 0, &[0x1002, 0x3001])
         .allow_values(SYS_prctl, 0, &prctls())
+        .allow_if(
+            SYS_prctl,
+            &[Arg(0).is(libc::PR_CAP_AMBIENT as u64), Arg(1).is(libc::PR_CAP_AMBIENT_IS_SET as u64)],
+        )
         // Only to tighten the filter further.
         .allow_values(SYS_seccomp, 0, &[SET_MODE_FILTER])
         // The monitor's connection: accepted, never made.
@@ -97,8 +101,8 @@ fn prctls() -> Vec<u64> {
     [
         libc::PR_SET_NAME,
         libc::PR_CAPBSET_READ,
-        libc::PR_CAP_AMBIENT,
         libc::PR_GET_SECUREBITS,
+        libc::PR_GET_NO_NEW_PRIVS,
         libc::PR_SET_DUMPABLE,
         libc::PR_SET_NO_NEW_PRIVS,
     ]

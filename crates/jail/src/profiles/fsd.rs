@@ -68,7 +68,7 @@ pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Resul
         jail.bind(share.source, "/share", access, true)
     } else if meta.is_file() {
         let name = share.source.file_name().unwrap_or_default();
-        jail.bind(share.source, Path::new("/share").join(name), access, true)
+        jail.directory("/share").bind(share.source, Path::new("/share").join(name), access, true)
     } else {
         return Err(failed(io::Error::new(
             io::ErrorKind::InvalidInput,

@@ -18,8 +18,17 @@ impl Jail {
     /// # Errors
     /// When the program is no ELF file, or a library is missing.
     pub fn program_with_libraries(self, host: &Path) -> Result<Jail> {
-        let needs = elf::needs(host)?;
+        self.program_with_plugins(host, &[])
+    }
+
+    /// As [`Jail::program_with_libraries`], with further objects that the program loads by itself from fixed places.
+    fn program_with_plugins(self, host: &Path, plugins: &[&Path]) -> Result<Jail> {
+        let mut needs = elf::needs(host)?;
         let mut jail = self.bind_exec(host, host).program(host);
+        for plugin in plugins {
+            jail = jail.bind_exec(plugin, *plugin);
+            needs.libraries.extend(elf::needs(plugin)?.libraries);
+        }
         let Some(loader) = needs.loader else { return Ok(jail) };
         jail = jail.bind_exec(&loader, &loader);
         // Where the loader looks without a cache: the directory that the C library is in.

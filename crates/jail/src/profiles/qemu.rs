@@ -15,8 +15,11 @@ const OPEN_FILES: u64 = 1024;
 /// # Errors
 /// When QEMU is not there, or a library of it.
 pub fn qemu(program: &Path) -> Result<Jail> {
+    // In Debian TCG is a module of its own.
+    let tcg = Path::new("/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so");
+    let plugins: &[&Path] = if tcg.exists() { &[tcg] } else { &[] };
     let mut jail = Jail::new("qemu")
-        .program_with_libraries(program)?
+        .program_with_plugins(program, plugins)?
         .rlimit(Resource::OpenFiles, OPEN_FILES)
         .seccomp(filters::qemu()?);
     for firmware in ["/usr/share/qemu", "/usr/share/seabios"] {

@@ -1,0 +1,39 @@
+# Runs in the guest.
+check() { what=$1; shift; if eval "$*" >/tmp.out 2>&1; then echo "ok $what"; else echo "FAILED $what: $(cat /tmp.out)"; fi; }
+fails() { what=$1; shift; if eval "$*" >/tmp.out 2>&1; then echo "FAILED $what should not work: $(cat /tmp.out)"; else echo "ok $what fails: $(cat /tmp.out)"; fi; }
+
+mkdir /etc; echo 'user:x:1000:1000::/:/bin/sh' > /etc/passwd
+for tag in rw ro one; do mkdir -p /mnt/$tag; check "mount $tag" mount -t virtiofs $tag /mnt/$tag; done
+
+cd /mnt/rw
+check "write"            'echo hello > made && [ "$(cat made)" = hello ]'
+check "chown and chmod"  'chown 1000:1001 made && chmod 640 made && [ "$(stat -c %u:%g:%a made)" = 1000:1001:640 ]'
+check "append"           'echo a > log && echo b >> log && [ "$(wc -l < log)" = 2 ]'
+check "rename"           'mv log log2 && [ -e log2 ] && [ ! -e log ]'
+check "hard link"        'ln log2 log3 && [ "$(stat -c %h log2)" = 2 ]'
+check "truncate"         'truncate -s 1000000 log2 && [ "$(stat -c %s log3)" = 1000000 ]'
+check "remove"           'rm log2 log3 && [ ! -e log2 ]'
+check "fifo"             'mkfifo pipe && [ -p pipe ]'
+check "another user"     'chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/touch -- /mnt/rw/by-user && [ "$(stat -c %u by-user)" = 1000 ]'
+check "past permissions" '[ "$(cat locked/file)" = "for root" ]'
+check "16 MiB"           'head -c 16777216 /dev/urandom > /big && cp /big big && cmp big /big && rm big'
+check "200 new files"    'mkdir many && cd many && seq 200 | while read n; do echo $n > $n; done; cd .. && [ "$(find many -type f | wc -l)" = 200 ]'
+check "5000 files"       '[ "$(find tree -type f | wc -l)" = 5000 ] && [ "$(cat tree/9/* | sort -n | tail -1)" = 4999 ]'
+fails "device node"      'mknod null c 1 3'
+fails "absolute link"    'cat absolute'
+fails "relative link"    'cat relative'
+fails "parent"           'cat /mnt/rw/../rw/../secret'
+
+cd /mnt/ro
+check "read"             '[ "$(cat file)" = "read me" ]'
+fails "write to ro"      'echo x > file'
+fails "create in ro"     'echo x > new'
+fails "remove in ro"     'rm -f file'
+fails "chmod in ro"      'chmod 777 file'
+fails "mkdir in ro"      'mkdir d'
+check "unchanged"        '[ "$(cat file)" = "read me" ]'
+
+cd /mnt/one
+check "one file"         '[ "$(ls -A)" = secret ] && [ "$(cat secret)" = "of the host" ]'
+fails "beside it"        'echo x > other'
+echo "all checked"
