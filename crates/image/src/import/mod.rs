@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Read, Seek};
 use std::path::Path;
 
 use archive::Archive;
+pub(crate) use oci::no_platform;
 
 use crate::decode::{Compression, Decoder};
 use crate::error::{IoContext, Result};

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use blobs::{Blobs, copy_hashed, parse, parse_manifest, verify};
 pub(crate) use files::{
-    Claim, Claimed, LOCK_POLL, Layout, Lock, LockMode, TempFile, read_bounded, remove_file,
+    Claim, Claimed, LOCK_POLL, Layout, Lock, LockMode, TempFile, read_bounded, read_small, remove_file,
 };
 pub(crate) use index::{REF_NAME, digest_of, is_index};
 
@@ -29,7 +29,7 @@ const STORE_VERSION: u32 = 1;
 /// The version of the OCI layout that this library reads and writes.
 const OCI_LAYOUT_VERSION: &str = "1.0.0";
 /// How long a removal of garbage may hold the store.
-const COLLECT_PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const COLLECT_PATIENCE: Duration = Duration::from_secs(60);
 /// Digits of a digest that [`Store::find`] wants at least.
 const MIN_PREFIX: usize = 4;
 
