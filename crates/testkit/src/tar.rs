@@ -105,7 +105,11 @@ impl Header {
         put(124, &octal(self.size, 12));
         put(
             136,
-            &if self.mtime < 0 { base256(self.mtime.into()) } else { octal(self.mtime.cast_unsigned(), 12) },
+            &if self.mtime < 0 {
+                base256(self.mtime.into(), 12)
+            } else {
+                octal(self.mtime.cast_unsigned(), 12)
+            },
         );
         put(156, &[self.typeflag]);
         put(157, &self.target[..self.target.len().min(100)]);
@@ -155,18 +159,13 @@ fn seal(block: &mut [u8]) {
 /// A numeric field: octal if it fits, base 256 otherwise.
 fn octal(value: u64, width: usize) -> Vec<u8> {
     let digits = format!("{value:0width$o}", width = width - 1);
-    if digits.len() < width {
-        [digits.as_bytes(), b"\0"].concat()
-    } else {
-        base256(value.into())[12 - width..].to_vec()
-    }
+    if digits.len() < width { [digits.as_bytes(), b"\0"].concat() } else { base256(value.into(), width) }
 }
 
-fn base256(value: i128) -> Vec<u8> {
-    let mut field = value.to_be_bytes()[4..].to_vec();
+/// Big-endian two's complement, marked by the top bit.
+fn base256(value: i128, width: usize) -> Vec<u8> {
+    let mut field = value.to_be_bytes()[16 - width..].to_vec();
     field[0] |= 0x80;
-    // A field of 8 bytes is cut from the end, so both possible first bytes are marked.
-    field[4] |= if value < 0 { 0 } else { 0x80 };
     field
 }
 

@@ -64,6 +64,22 @@ impl Drop for Mounted {
     }
 }
 
+/// A small file system of its own at a directory, until dropped.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    pub fn new(dir: &Path, size: &str) -> Tmpfs {
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"]).arg(dir));
+        Tmpfs(dir.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        run(Command::new("umount").arg(&self.0));
+    }
+}
+
 /// Everything that can be seen of one file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
