@@ -11,6 +11,8 @@ mod decode;
 mod digest;
 mod erofs;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod import;
 mod layer;
 mod limits;

@@ -318,9 +318,7 @@ impl Tree {
         let mut current = ROOT;
         let mut symlinks = 0;
         while let Some(name) = pending.pop() {
-            let Some(directory) = self.directory(current) else {
-                return Err(refused("a parent in its path is not a directory"));
-            };
+            let Some(directory) = self.directory(current) else { return self.not_a_directory(create) };
             if *name == *b".." {
                 current = directory.parent;
                 continue;
@@ -359,8 +357,13 @@ impl Tree {
         }
         match self.directory(current) {
             Some(_) => Ok(Place::In(current, last)),
-            None => Err(refused("a parent in its path is not a directory")),
+            None => self.not_a_directory(create),
         }
+    }
+
+    /// A file stands where a path needs a directory: nothing is below it, and nothing can be put there.
+    fn not_a_directory(&self, create: bool) -> Result<Place> {
+        if create { Err(refused("a parent in its path is not a directory")) } else { Ok(Place::Missing) }
     }
 
     /// Splits a path of a layer and checks it. A leading slash means nothing: layers begin at the root.
@@ -479,3 +482,6 @@ fn directory(parent: InodeId, depth: usize) -> Directory {
 pub(crate) fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..bytes.len().min(256)]).into_owned()
 }
+
+#[cfg(test)]
+mod tests;

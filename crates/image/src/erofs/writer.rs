@@ -15,6 +15,8 @@ use crate::{DISK_CAPACITY, Error};
 /// Writes everything but the files' data, which is in `area` already. Returns the file system's size in bytes.
 pub(crate) fn write(tree: &Tree, area: &mut DataArea<'_>, uuid: [u8; 16]) -> Result<u64> {
     area.flush_tails()?;
+    // A no-op unless the last file was given up half-way.
+    area.align()?;
     let plan = Plan::new(tree, area.position() / BLOCK_SIZE)?;
     for &id in &plan.order {
         if let Node::Directory(directory) = &tree.inode(id).node {
