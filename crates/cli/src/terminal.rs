@@ -25,7 +25,7 @@ pub fn size() -> Option<Size> {
     let (stdin, stdout) = (rustix::stdio::stdin(), rustix::stdio::stdout());
     let size = termios::tcgetwinsize(stdin).or_else(|_| termios::tcgetwinsize(stdout)).ok()?;
     // A serial console reports 0 for "unknown".
-    (size.ws_col > 0 && size.ws_row > 0).then(|| Size { width: size.ws_col, height: size.ws_row })
+    (size.ws_col > 0 && size.ws_row > 0).then_some(Size { width: size.ws_col, height: size.ws_row })
 }
 
 /// Whether standard input is a terminal.

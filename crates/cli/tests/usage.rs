@@ -205,6 +205,61 @@ fn man_pages_and_completions_come_from_the_definition() {
 }
 
 #[test]
+fn doctor_gives_each_check_a_state_and_its_exit_code_says_whether_containers_can_run() {
+    let root = root();
+    let output = kapsel(root.path(), ["doctor", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let checks = report["checks"].as_array().expect("checks");
+    for name in
+        ["kvm", "qemu", "guest kernel", "programs", "cgroup", "user namespaces", "landlock", "seccomp"]
+    {
+        let check =
+            checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name}: {report}"));
+        let state = check["state"].as_str().expect("a state");
+        assert!(["ok", "warn", "fail"].contains(&state), "{check}");
+        assert_eq!(state == "ok", check["hint"].is_null(), "what is not well comes with advice: {check}");
+    }
+    assert_eq!(output.status.code(), Some(i32::from(report["state"] == "fail")));
+    // Without QEMU there is nothing to run machines with.
+    std::fs::write(root.path().join("config.toml"), "qemu = \"/nowhere/qemu\"").expect("a configuration");
+    let output = kapsel(root.path(), ["doctor"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = text(&output.stdout);
+    assert!(text.contains("fail qemu") && text.contains("isolation: none"), "{text}");
+}
+
+#[test]
+fn images_are_imported_listed_inspected_and_removed() {
+    let root = root();
+    let tar = root.path().join("rootfs.tar");
+    let mut builder = tar::Builder::new(std::fs::File::create(&tar).expect("a file"));
+    let mut header = tar::Header::new_gnu();
+    header.set_size(5);
+    header.set_mode(0o755);
+    builder.append_data(&mut header, "bin/sh", &b"hello"[..]).expect("an entry");
+    builder.finish().expect("an archive");
+    let file = tar.to_str().expect("UTF-8");
+
+    let output = kapsel(root.path(), ["import", "tiny", file, "--cmd", "/bin/sh -c true", "--env", "A=b"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let listed = kapsel(root.path(), ["images", "--json"]);
+    let listed: serde_json::Value = serde_json::from_slice(&listed.stdout).expect("JSON");
+    assert_eq!(listed[0]["names"], serde_json::json!(["tiny:latest"]));
+    let inspected = kapsel(root.path(), ["inspect", "tiny"]);
+    let inspected: serde_json::Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    assert_eq!(inspected[0]["kind"], "image");
+    assert_eq!(inspected[0]["config"]["config"]["Cmd"], serde_json::json!(["/bin/sh", "-c", "true"]));
+    let output = kapsel(root.path(), ["inspect", "nothing", "tiny"]);
+    assert_eq!(output.status.code(), Some(125));
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(found.as_array().map(Vec::len), Some(1), "the known one is shown all the same");
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("neither a container nor an image"), "{stderr}");
+    let stderr = fails(&["run", "--pull", "never", "nothing"], 125);
+    assert!(stderr.contains("nothing") && stderr.contains("hint: "), "{stderr}");
+}
+
+#[test]
 fn the_version() {
     let root = root();
     let output = kapsel(root.path(), ["version", "--json"]);

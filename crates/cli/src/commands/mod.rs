@@ -3,6 +3,7 @@
 mod attach;
 mod config;
 mod cp;
+mod doctor;
 mod exec;
 mod generate;
 mod host;
@@ -57,7 +58,7 @@ pub fn run(cli: Cli, mut trace: Trace) -> Outcome {
         Command::Rmi(flags) => image::remove(&host, &flags),
         Command::Template(flags) => template::run(&host, &flags),
         Command::Prune(flags) => prune::run(&host, &flags),
-        Command::Doctor(_) => Err(crate::failure::Failure::new("not yet")),
+        Command::Doctor(flags) => doctor::run(&host, &flags),
         Command::Config(flags) => config::run(&host, &flags),
         Command::Version(_) | Command::Man(_) | Command::Completions(_) => Ok(0),
     }

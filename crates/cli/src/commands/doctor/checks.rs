@@ -1,6 +1,6 @@
 //! The checks of `kapsel doctor`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kapsel_guest::{Kernel, KernelSource};
 use kapsel_sandbox::programs;
@@ -15,19 +15,81 @@ const LITTLE_SPACE: u64 = 1 << 30;
 /// The guest's kernel in the cache; nothing is fetched here.
 pub fn kernel(host: &Host) -> (Check, Option<String>) {
     let source = host.config.kernel().map_or(KernelSource::Debian, KernelSource::Path);
-    match Kernel::cached(host.paths.data(), &source) {
-        Ok(Some(kernel)) => {
+    if source == KernelSource::Debian && !has_kernel(&host.paths.data().join("kernels")) {
+        let hint = "the first 'kapsel run' or 'kapsel template build' fetches it";
+        return (Check::warn("guest kernel", "not fetched yet", hint), None);
+    }
+    match Kernel::ensure(host.paths.data(), &source, &mut |_| {}) {
+        Ok(kernel) => {
             let path = kernel.vmlinux.display().to_string();
             (Check::ok("guest kernel", format!("{} ({path})", kernel.release)), Some(path))
         }
-        Ok(None) => (
-            Check::warn("guest kernel", "not fetched yet", "the first 'kapsel run' or 'kapsel template build' fetches it"),
-            None,
-        ),
         Err(error) => {
             let hint = "set 'kernel' in the configuration to a vmlinux, or leave it empty for Debian's";
             (Check::fail("guest kernel", error.to_string(), hint), None)
         }
+    }
+}
+
+fn has_kernel(cache: &Path) -> bool {
+    let entries = std::fs::read_dir(cache).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).any(|entry| entry.join("meta.json").exists())
+}
+
+/// Which isolation can be had.
+pub struct Choice {
+    /// `kvm` or `tcg`; `None` when there is no monitor.
+    pub isolation: Option<String>,
+    /// Why.
+    pub reason: String,
+    /// What it was made of.
+    pub checks: Vec<Check>,
+}
+
+/// Programs that can be the monitor, the best first.
+const MONITORS: [&str; 2] = ["qemu-system-x86_64-microvm", "qemu-system-x86_64"];
+
+/// Looks at KVM and QEMU.
+pub fn choice(host: &Host) -> Choice {
+    let qemu = monitor(host);
+    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let kvm_check = match &kvm {
+        Ok(_) => Check::ok("kvm", "/dev/kvm can be opened; its speed is measured when a machine is started"),
+        Err(error) => {
+            Check::warn("kvm", format!("/dev/kvm: {error}"), "without it sandboxes are emulated, and slower")
+        }
+    };
+    let qemu_check = match &qemu {
+        Some(path) => Check::ok("qemu", path.display().to_string()),
+        None => Check::fail(
+            "qemu",
+            "not found",
+            "apt-get install qemu-system-x86, or set 'qemu' in the configuration",
+        ),
+    };
+    let (isolation, reason) = match (&qemu, &kvm) {
+        (None, _) => (None, "There is no program to run machines with.".to_owned()),
+        (Some(_), Ok(_)) => (Some("auto"), "KVM can be opened. If the first start finds it slow (emulated itself), QEMU emulates instead (TCG).".to_owned()),
+        (Some(_), Err(_)) => (
+            Some("tcg"),
+            "KVM cannot be used here, so QEMU emulates (TCG). QEMU does not call TCG a security boundary: what holds \
+             is the jail around it."
+                .to_owned(),
+        ),
+    };
+    Choice { isolation: isolation.map(str::to_owned), reason, checks: vec![kvm_check, qemu_check] }
+}
+
+/// The monitor's program: the configured one, or the best in PATH.
+fn monitor(host: &Host) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let find = |name: &Path| match name.components().count() {
+        1 => std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file()),
+        _ => name.is_file().then(|| name.to_owned()),
+    };
+    match host.config.qemu() {
+        Some(name) => find(&name),
+        None => MONITORS.iter().find_map(|name| find(Path::new(name))),
     }
 }
 
@@ -50,14 +112,15 @@ pub fn programs(host: &Host) -> Check {
 
 /// Whether sandboxes' processes get a cgroup of their own.
 pub fn cgroup() -> Check {
-    match kapsel_jail::cgroup::unavailable() {
-        None => Check::ok("cgroup", "each sandbox gets its own, with limits"),
-        Some(reason) => Check::warn(
-            "cgroup",
-            format!("sandboxes run without limits on this side: {reason}"),
-            "run as root, or have systemd delegate a cgroup to you (Delegate=yes)",
-        ),
+    let obstacles = kapsel_jail::cgroup::obstacles();
+    if obstacles.is_empty() {
+        return Check::ok("cgroup", "each sandbox gets its own, with limits");
     }
+    Check::warn(
+        "cgroup",
+        format!("not all limits hold on this side: {}", obstacles.join(", ")),
+        "run as root, or have systemd delegate a cgroup to you (Delegate=yes)",
+    )
 }
 
 /// Whether the jail can be built without root.
@@ -96,7 +159,11 @@ pub fn seccomp() -> Check {
     if actions.split_whitespace().any(|action| action == "kill_process") {
         return Check::ok("seccomp", "filters for the monitor and for shared directories");
     }
-    Check::fail("seccomp", "this kernel cannot filter system calls", "use a kernel with CONFIG_SECCOMP_FILTER")
+    Check::fail(
+        "seccomp",
+        "this kernel cannot filter system calls",
+        "use a kernel with CONFIG_SECCOMP_FILTER",
+    )
 }
 
 /// Free space where things are kept.
@@ -110,7 +177,9 @@ fn space_in(name: &'static str, dir: &Path) -> Check {
     let there = dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
     let free = match rustix::fs::statvfs(there) {
         Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),
-        Err(error) => return Check::fail(name, format!("{}: {error}", dir.display()), "choose another with --root"),
+        Err(error) => {
+            return Check::fail(name, format!("{}: {error}", dir.display()), "choose another with --root");
+        }
     };
     let detail = format!("{} free in {}", size::bytes(free), dir.display());
     // State is small: sockets, records and bounded logs.

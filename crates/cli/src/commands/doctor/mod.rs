@@ -56,7 +56,7 @@ impl Check {
 struct Report {
     /// The worst of all checks.
     state: State,
-    /// `kvm` or `tcg`; null when neither works.
+    /// `kvm`, `tcg`, or `auto` when the first start will decide; null when nothing works.
     isolation: Option<String>,
     /// Why that one.
     reason: String,
@@ -93,9 +93,9 @@ fn render(report: &Report) -> String {
             State::Warn => (style.yellow(), "warn"),
             State::Fail => (style.red(), "fail"),
         };
-        text += &format!("{colour}{word:<5}{reset}{:<16}{}\n", check.name, check.detail);
+        text += &format!("{colour}{word:<5}{reset}{:<18}{}\n", check.name, check.detail);
         if let Some(hint) = &check.hint {
-            text += &format!("{:21}{}hint: {reset}{hint}\n", "", style.cyan());
+            text += &format!("{:23}{}hint: {reset}{hint}\n", "", style.cyan());
         }
     }
     let isolation = report.isolation.as_deref().unwrap_or("none");

@@ -1,6 +1,6 @@
 //! `kapsel do`: the host's own file system as a container's root, below a scratch layer.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use kapsel_sandbox::client::RootfsMount;
 use kapsel_sandbox::paths::Id;
@@ -26,7 +26,7 @@ pub fn run(host: &Host, flags: Do, trace: Trace) -> Outcome {
     })?;
     let workdir =
         here.to_str().ok_or_else(|| Failure::new(format!("the name of {} is not UTF-8", here.display())))?;
-    let volumes = flags.writable.iter().map(shared).collect::<Result<Vec<_>, _>>()?;
+    let volumes = flags.writable.iter().map(|directory| shared(directory)).collect::<Result<Vec<_>, _>>()?;
 
     let mut record = Record::new(Id::random(), String::new(), Vec::new());
     record.remove = true;
@@ -54,7 +54,7 @@ pub fn run(host: &Host, flags: Do, trace: Trace) -> Outcome {
 }
 
 /// A directory at its own place.
-fn shared(directory: &PathBuf) -> Result<Volume, Failure> {
+fn shared(directory: &Path) -> Result<Volume, Failure> {
     let cannot = |reason: String| {
         Failure::new(format!("cannot share {}: {reason}", directory.display()))
             .hint("give --rw a directory that exists")
