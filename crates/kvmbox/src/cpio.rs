@@ -16,18 +16,37 @@ pub struct Archive<W: Write> {
 }
 
 impl<W: Write> Archive<W> {
+    /// An empty archive.
     pub fn new(out: W) -> Self {
         Archive { out, directories: BTreeSet::new(), inode: 0 }
     }
 
     /// Adds a file. `mode` is its permission bits.
+    ///
+    /// # Errors
+    /// When the archive cannot be written, or `inside` is not a plain path, or the file is larger than 4 GiB.
     pub fn file(&mut self, inside: &Path, mode: u32, content: &[u8]) -> io::Result<()> {
         let name = relative(inside)?;
         self.parents(&name)?;
         self.entry(&name, REGULAR | mode, content)
     }
 
+    /// Adds a file of the host with its permission bits.
+    ///
+    /// # Errors
+    /// When it cannot be read, and as [`Archive::file`].
+    pub fn host_file(&mut self, host: &Path, inside: &Path) -> io::Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", host.display()));
+        let content = std::fs::read(host).map_err(named)?;
+        let mode = std::fs::metadata(host).map_err(named)?.permissions().mode() & 0o777;
+        self.file(inside, mode, &content)
+    }
+
     /// Ends the archive.
+    ///
+    /// # Errors
+    /// When it cannot be written.
     pub fn finish(mut self) -> io::Result<W> {
         self.entry(TRAILER, 0, &[])?;
         self.out.flush()?;

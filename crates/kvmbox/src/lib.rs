@@ -5,7 +5,7 @@
 //! seconds, so the tests of one binary share one box: [`test_main`] runs them here where KVM is native, and otherwise puts
 //! the test binary itself in a box and runs it there.
 
-mod cpio;
+pub mod cpio;
 mod kernel;
 mod qemu;
 mod tests_inside;
@@ -16,13 +16,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use kernel::Kernel;
-pub use tests_inside::{native_kvm, test_main};
+pub use tests_inside::{inside, native_kvm, test_main};
 
 /// Modules in the order of their dependencies.
 const MODULES: [&str; 4] =
     ["virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd", "drivers/net/tun"];
 const INIT: &str = include_str!("init.sh");
-const BUSYBOX: &str = "/usr/bin/busybox";
+/// Debian's busybox, statically linked.
+pub const BUSYBOX: &str = "/usr/bin/busybox";
 
 /// `Result` with this crate's error.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -180,19 +181,19 @@ impl KvmBox {
     fn build(&self, kernel: &Kernel, command: &[&str], path: &Path) -> io::Result<()> {
         let mut archive = cpio::Archive::new(io::BufWriter::new(fs::File::create(path)?));
         archive.file(Path::new("init"), 0o755, INIT.as_bytes())?;
-        add(&mut archive, Path::new(BUSYBOX), Path::new("bin/busybox"))?;
+        archive.host_file(Path::new(BUSYBOX), Path::new("bin/busybox"))?;
         let mut order = String::new();
         for module in MODULES {
             let file = kernel.module(module);
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            add(&mut archive, &file, &Path::new("lib/modules").join(&name))?;
+            archive.host_file(&file, &Path::new("lib/modules").join(&name))?;
             order.push_str(&name);
             order.push('\n');
         }
         archive.file(Path::new("lib/modules/order"), 0o644, order.as_bytes())?;
         archive.file(Path::new("kvmbox/command"), 0o644, self.script(command).as_bytes())?;
         for (host, inside) in &self.files {
-            add(&mut archive, host, inside)?;
+            archive.host_file(host, inside)?;
         }
         archive.finish().map(drop)
     }
@@ -205,21 +206,16 @@ impl KvmBox {
     }
 }
 
-fn add<W: Write>(archive: &mut cpio::Archive<W>, host: &Path, inside: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", host.display()));
-    let content = fs::read(host).map_err(named)?;
-    let mode = fs::metadata(host).map_err(named)?.permissions().mode() & 0o777;
-    archive.file(inside, mode, &content)
-}
-
 /// One word of a shell command.
 fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// Paths of the shared libraries and the loader of a program; none for a static one.
-fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
+///
+/// # Errors
+/// When the dynamic loader cannot resolve a library.
+pub fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let output = std::process::Command::new("ldd")
         .arg(program)
         .output()

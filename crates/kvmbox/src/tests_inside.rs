@@ -13,6 +13,11 @@ const INSIDE: &str = "KAPSEL_KVMBOX_INSIDE";
 /// Where the test binary is in the box.
 const TESTS: &str = "/kvmbox/tests";
 
+/// Whether this process runs in the box.
+pub fn inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
 /// Whether tests of KVM can run on this machine itself: in the box, or where the processor runs guests.
 ///
 /// A `/dev/kvm` without the processor's flag is an imitation in software (nested, on some clouds), which is neither
@@ -30,7 +35,7 @@ pub fn native_kvm() -> bool {
 /// the binary itself.
 pub fn test_main(trials: Vec<Trial>, prepare: impl FnOnce(KvmBox) -> Result<KvmBox>) -> ExitCode {
     let arguments = Arguments::from_args();
-    if arguments.list || std::env::var_os(INSIDE).is_some() || native_kvm() {
+    if arguments.list || inside() || native_kvm() {
         return libtest_mimic::run(&arguments, trials).exit_code();
     }
     match run_inside(prepare) {

@@ -1,0 +1,196 @@
+//! From a configuration to a machine, in the order in which a computer is put together.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use kapsel_devices::mmio::{Transport, register};
+use kapsel_devices::{Device, Memory, block, rng, vsock};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
+use crate::config::{CacheType, Config};
+use crate::console::Console;
+use crate::kernel;
+use crate::machine::Machine;
+use crate::memory;
+use crate::vcpu::Processors;
+use crate::x86::acpi::{self, Place};
+use crate::x86::{boot, cpuid, layout, processor};
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no KVM, or not for this user.
+    #[error("cannot open /dev/kvm: {0}; is KVM there, and may this user use it?")]
+    NoKvm(kvm_ioctls::Error),
+    /// KVM is too old or too small.
+    #[error("KVM cannot do {0:?}, which every machine needs")]
+    Capability(Cap),
+    /// A request to KVM failed.
+    #[error("KVM refused to {0}: {1}")]
+    Kvm(&'static str, kvm_ioctls::Error),
+    /// The host has no more descriptors or threads.
+    #[error("the host has no more descriptors or threads: {0}")]
+    Host(#[from] io::Error),
+    /// More devices than there are interrupts.
+    #[error("a machine has room for {max} devices", max = layout::DEVICES_MAX)]
+    TooManyDevices,
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Kernel or initrd.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// The kernel's description of the machine.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// ACPI.
+    #[error(transparent)]
+    Acpi(#[from] acpi::TooLarge),
+    /// A processor's first state.
+    #[error(transparent)]
+    Processor(#[from] processor::Error),
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] block::Error),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] vsock::Error),
+}
+
+/// Builds a machine whose console is `output`. Nothing of the guest runs yet.
+///
+/// # Errors
+/// [`Error`]; nothing is left behind but the socket of a socket device.
+pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machine, Error> {
+    let kvm = open_kvm()?;
+    let memory = memory::allocate(config.machine_config.mem_size_mib, config.machine_config.huge_pages)?;
+    let vm = create_vm(&kvm, &memory)?;
+
+    let (console, drained) = create_console(&vm, output)?;
+    let (slots, places) = create_devices(&vm, &memory, config)?;
+    let stop = Stop::new(event()?);
+    let bus = Arc::new(Bus { console: Mutex::new(console), slots, stop, exits: Exits::default() });
+
+    let kernel = kernel::load(&memory, &config.boot_source.kernel_image_path)?;
+    let initrd = config.boot_source.initrd_path.as_deref();
+    let initrd = initrd.map(|path| kernel::load_initrd(&memory, &kernel, path)).transpose()?;
+    boot::describe(&memory, &kernel, initrd, &config.command_line())?;
+    acpi::write(&memory, config.machine_config.vcpu_count, &places)?;
+
+    let vcpus = create_processors(&kvm, &vm, config.machine_config.vcpu_count)?;
+    if let Some(first) = vcpus.first() {
+        processor::point_at(first, &memory, &kernel)?;
+    }
+    let processors = Processors::start(vcpus, &bus)?;
+    Ok(Machine::new(processors, bus, drained, vm, memory)?)
+}
+
+fn open_kvm() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(Error::NoKvm)?;
+    for capability in
+        [Cap::Irqchip, Cap::Irqfd, Cap::Ioeventfd, Cap::UserMemory, Cap::SetTssAddr, Cap::ExtCpuid]
+    {
+        if !kvm.check_extension(capability) {
+            return Err(Error::Capability(capability));
+        }
+    }
+    Ok(kvm)
+}
+
+/// A machine with memory and interrupt controllers.
+fn create_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd, Error> {
+    let vm = kvm.create_vm().map_err(|e| Error::Kvm("create a machine", e))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(|e| Error::Kvm("place its own pages", e))?;
+    vm.create_irq_chip().map_err(|e| Error::Kvm("create interrupt controllers", e))?;
+    for (slot, region) in memory.iter().enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is a mapping that the machine owns and drops after the descriptor of the machine, and no two
+        // regions overlap.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|e| Error::Kvm("take the guest's memory", e))?;
+    }
+    Ok(vm)
+}
+
+fn create_console(vm: &VmFd, output: Box<dyn io::Write + Send>) -> Result<(Console, EventFd), Error> {
+    let (line, drained) = (event()?, event()?);
+    vm.register_irqfd(&line, layout::SERIAL_GSI).map_err(|e| Error::Kvm("connect an interrupt", e))?;
+    Ok((Console::new(line, drained.try_clone()?, output), drained))
+}
+
+fn create_devices(
+    vm: &VmFd,
+    memory: &Memory,
+    config: &Config,
+) -> Result<(Vec<SharedSlot>, Vec<Place>), Error> {
+    let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new() };
+    for drive in config.ordered_drives() {
+        slots.plug(block::Block::new(block::Config {
+            serial: drive.drive_id.clone(),
+            path: drive.path_on_host.clone(),
+            read_only: drive.is_read_only,
+            flush: drive.cache_type == CacheType::Writeback,
+        })?)?;
+    }
+    if let Some(vsock) = &config.vsock {
+        slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?)?;
+    }
+    if config.entropy.is_some() {
+        slots.plug(rng::Rng::new())?;
+    }
+    Ok((slots.slots, slots.places))
+}
+
+struct Slots<'a> {
+    vm: &'a VmFd,
+    memory: &'a Memory,
+    slots: Vec<SharedSlot>,
+    places: Vec<Place>,
+}
+
+impl Slots<'_> {
+    /// Gives a device the next place. Neither its interrupts nor its driver's notifications pass through the monitor's
+    /// processor threads: KVM signals and is signalled.
+    fn plug(&mut self, device: impl Device + 'static) -> Result<(), Error> {
+        let place = Place::of(self.slots.len()).ok_or(Error::TooManyDevices)?;
+        let line = event()?;
+        self.vm.register_irqfd(&line, place.gsi).map_err(|e| Error::Kvm("connect an interrupt", e))?;
+        let slot: SharedSlot = Arc::new(Mutex::new(Transport::new(device, self.memory.clone(), line)?));
+        let notify = IoEventAddress::Mmio(place.address + register::QUEUE_NOTIFY);
+        for (queue, event) in lock(&slot).queue_events().iter().enumerate() {
+            let connected = self.vm.register_ioevent(event, &notify, queue as u32);
+            connected.map_err(|e| Error::Kvm("connect a queue", e))?;
+        }
+        self.slots.push(slot);
+        self.places.push(place);
+        Ok(())
+    }
+}
+
+fn create_processors(kvm: &Kvm, vm: &VmFd, cpus: u8) -> Result<Vec<VcpuFd>, Error> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|e| Error::Kvm("describe the processor", e))?;
+    (0..cpus)
+        .map(|cpu| {
+            let vcpu = vm.create_vcpu(u64::from(cpu)).map_err(|e| Error::Kvm("create a processor", e))?;
+            let answers = cpuid::for_processor(&supported, cpuid::Position { cpu, cpus });
+            vcpu.set_cpuid2(&answers).map_err(|e| Error::Kvm("take a processor's description", e))?;
+            processor::configure(&vcpu)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn event() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK)
+}

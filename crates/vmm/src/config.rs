@@ -1,0 +1,240 @@
+//! What a machine is made of: a JSON document with Firecracker's names. What is not built is not a name here, and an
+//! unknown name is an error.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::HugePages;
+
+/// Most processors of a machine.
+pub const CPUS_MAX: u8 = 32;
+/// Most memory of a machine, in MiB.
+pub const MEMORY_MAX_MIB: u64 = 64 * 1024;
+/// What a kernel is told when nothing else is: reset by the keyboard controller, one second after a panic; no modules; no
+/// serial port; nothing to look for behind the keyboard controller.
+pub const DEFAULT_BOOT_ARGS: &str =
+    "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+
+/// A whole machine.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Kernel, initrd and command line.
+    pub boot_source: BootSource,
+    /// Processors and memory.
+    #[serde(default)]
+    pub machine_config: MachineConfig,
+    /// Disks.
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    /// Sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// The entropy device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+}
+
+/// What the machine starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// A 64-bit ELF image or a bzImage.
+    pub kernel_image_path: PathBuf,
+    /// The initial root file system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<PathBuf>,
+    /// The command line; [`DEFAULT_BOOT_ARGS`] when it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+}
+
+/// Processors and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// How many processors, at most [`CPUS_MAX`].
+    pub vcpu_count: u8,
+    /// How much memory, in MiB, at most [`MEMORY_MAX_MIB`].
+    pub mem_size_mib: u64,
+    /// The pages behind the memory.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        MachineConfig { vcpu_count: 1, mem_size_mib: 128, huge_pages: HugePages::None }
+    }
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Its name, which the guest sees as its serial number.
+    pub drive_id: String,
+    /// A file or a block device.
+    pub path_on_host: PathBuf,
+    /// Whether the kernel shall mount it as its root.
+    pub is_root_device: bool,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// Whether the guest can make its writes durable.
+    #[serde(default)]
+    pub cache_type: CacheType,
+}
+
+/// What a guest's flush does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+pub enum CacheType {
+    /// Nothing: the disk does not offer it, and writes are durable when the host sees fit.
+    #[default]
+    Unsafe,
+    /// It makes what was written durable.
+    Writeback,
+}
+
+/// Sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    /// The guest's address, from 3 on.
+    pub guest_cid: u32,
+    /// The host's socket; it is made.
+    pub uds_path: PathBuf,
+}
+
+/// The entropy device has no settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {}
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not JSON, or with other names than these.
+    #[error("the configuration is not valid: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Processors.
+    #[error("a machine has 1 to {CPUS_MAX} processors (vcpu_count), not {0}")]
+    Cpus(u8),
+    /// Memory.
+    #[error(
+        "a machine has 1 to {MEMORY_MAX_MIB} MiB of memory (mem_size_mib), an even number with 2M huge pages, not {0}"
+    )]
+    Memory(u64),
+    /// Names of disks.
+    #[error("the drive_id {0:?} is used twice, or is not made of letters, digits and underscores")]
+    DriveId(String),
+    /// Root disks.
+    #[error("only one drive can be the root device; {0} and {1} are")]
+    TwoRoots(String, String),
+}
+
+impl Config {
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    /// [`Error`] says which part of it is impossible.
+    pub fn parse(json: &[u8]) -> Result<Self, Error> {
+        let config: Config = serde_json::from_slice(json)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let MachineConfig { vcpu_count, mem_size_mib, huge_pages } = self.machine_config;
+        if !(1..=CPUS_MAX).contains(&vcpu_count) {
+            return Err(Error::Cpus(vcpu_count));
+        }
+        let odd = huge_pages == HugePages::TwoMegabytes && mem_size_mib % 2 != 0;
+        if !(1..=MEMORY_MAX_MIB).contains(&mem_size_mib) || odd {
+            return Err(Error::Memory(mem_size_mib));
+        }
+        let mut root: Option<&Drive> = None;
+        for (index, drive) in self.drives.iter().enumerate() {
+            let id = &drive.drive_id;
+            let plain = !id.is_empty() && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+            if !plain || self.drives[..index].iter().any(|other| other.drive_id == *id) {
+                return Err(Error::DriveId(id.clone()));
+            }
+            if drive.is_root_device
+                && let Some(other) = root.replace(drive)
+            {
+                return Err(Error::TwoRoots(other.drive_id.clone(), id.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Disks in the order in which the guest sees them: the root first.
+    pub fn ordered_drives(&self) -> Vec<&Drive> {
+        let mut drives: Vec<_> = self.drives.iter().collect();
+        drives.sort_by_key(|drive| !drive.is_root_device);
+        drives
+    }
+
+    /// The kernel's command line, with the root disk if there is one.
+    pub fn command_line(&self) -> String {
+        let mut line = self.boot_source.boot_args.clone().unwrap_or_else(|| DEFAULT_BOOT_ARGS.to_owned());
+        // There is no PCI, and looking for it takes many exits.
+        line.push_str(" pci=off");
+        if let Some(root) = self.drives.iter().find(|drive| drive.is_root_device) {
+            line.push_str(if root.is_read_only { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
+        }
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(rest: &str) -> Result<Config, Error> {
+        Config::parse(format!(r#"{{"boot-source": {{"kernel_image_path": "k"}}{rest}}}"#).as_bytes())
+    }
+
+    fn drive(id: &str, root: bool) -> String {
+        format!(
+            r#"{{"drive_id": "{id}", "path_on_host": "d", "is_root_device": {root}, "is_read_only": true}}"#
+        )
+    }
+
+    #[test]
+    fn the_smallest_configuration_has_the_documented_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!(config.machine_config, MachineConfig::default());
+        assert_eq!(config.command_line(), format!("{DEFAULT_BOOT_ARGS} pci=off"));
+    }
+
+    #[test]
+    fn the_root_disk_is_first_and_on_the_command_line() {
+        let config =
+            parse(&format!(r#","drives":[{},{}]"#, drive("data", false), drive("root", true))).unwrap();
+        assert_eq!(config.ordered_drives()[0].drive_id, "root");
+        assert!(config.command_line().ends_with("root=/dev/vda ro"));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        for rest in [
+            r#","machine-config":{"vcpu_count":0,"mem_size_mib":128}"#.to_owned(),
+            r#","machine-config":{"vcpu_count":33,"mem_size_mib":128}"#.to_owned(),
+            r#","machine-config":{"vcpu_count":1,"mem_size_mib":0}"#.to_owned(),
+            r#","machine-config":{"vcpu_count":1,"mem_size_mib":65537}"#.to_owned(),
+            r#","machine-config":{"vcpu_count":1,"mem_size_mib":129,"huge_pages":"2M"}"#.to_owned(),
+            r#","machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":true}"#.to_owned(),
+            r#","network-interfaces":[]"#.to_owned(),
+            r#","entropy":{"rate_limiter":{}}"#.to_owned(),
+            format!(r#","drives":[{},{}]"#, drive("a", true), drive("b", true)),
+            format!(r#","drives":[{},{}]"#, drive("a", true), drive("a", false)),
+            format!(r#","drives":[{}]"#, drive("a-b", false)),
+            format!(r#","drives":[{}]"#, drive("", false)),
+        ] {
+            assert!(parse(&rest).is_err(), "{rest}");
+        }
+    }
+}

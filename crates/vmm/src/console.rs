@@ -1,0 +1,65 @@
+//! The serial port (a 16550): the guest's output goes to the monitor's, and what is typed goes to the guest.
+
+use std::io::{self, Write};
+
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The port's interrupt.
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Signalled when the guest has read all of its input.
+struct Drained(EventFd);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        if let Err(error) = self.0.write(1) {
+            tracing::debug!(%error, "the guest's console may take no more input");
+        }
+    }
+}
+
+/// The serial port.
+pub struct Console(Serial<Line, Drained, Box<dyn Write + Send>>);
+
+impl Console {
+    /// A port with the interrupt `line`, which signals `drained` when there is room for all of its input again.
+    pub fn new(line: EventFd, drained: EventFd, output: Box<dyn Write + Send>) -> Self {
+        Console(Serial::with_events(Line(line), Drained(drained), output))
+    }
+
+    /// The guest reads a register.
+    pub fn read(&mut self, register: u8) -> u8 {
+        self.0.read(register)
+    }
+
+    /// The guest writes a register. What cannot be written out is lost; the guest goes on.
+    pub fn write(&mut self, register: u8, value: u8) {
+        if let Err(error) = self.0.write(register, value) {
+            tracing::debug!(?error, "a character of the guest's console is lost");
+        }
+    }
+
+    /// How many bytes of input there is room for.
+    pub fn room(&self) -> usize {
+        self.0.fifo_capacity()
+    }
+
+    /// Gives the guest input; no more than there is room for.
+    pub fn input(&mut self, bytes: &[u8]) {
+        if let Err(error) = self.0.enqueue_raw_bytes(bytes) {
+            tracing::debug!(?error, "input for the guest's console is lost");
+        }
+    }
+}

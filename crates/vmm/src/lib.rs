@@ -1,0 +1,13 @@
+//! A microVM monitor on KVM: the machine, its devices' places, its processors, and the way from a configuration to a
+//! running guest ([`builder::build`] is the sequence, top to bottom).
+
+pub mod builder;
+mod bus;
+pub mod config;
+mod console;
+mod events;
+pub mod kernel;
+pub mod machine;
+pub mod memory;
+mod vcpu;
+pub mod x86;

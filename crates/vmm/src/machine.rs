@@ -1,0 +1,139 @@
+//! A running machine: its processors in threads, its devices in the event loop of the thread that owns it.
+
+use std::io::{self, Stdin};
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{Bus, lock};
+use crate::events::{Events, Source};
+use crate::vcpu::Processors;
+
+pub use crate::bus::{End, Exits};
+
+/// A machine, built and not yet running.
+pub struct Machine {
+    // Fields are dropped in this order: processors end before the memory that they run on goes.
+    processors: Processors,
+    bus: Arc<Bus>,
+    events: Events,
+    input: Option<Input>,
+    _vm: VmFd,
+    _memory: kapsel_devices::Memory,
+}
+
+/// What is typed.
+struct Input {
+    stdin: Stdin,
+    drained: EventFd,
+    watched: bool,
+}
+
+impl Machine {
+    pub(crate) fn new(
+        processors: Processors,
+        bus: Arc<Bus>,
+        drained: EventFd,
+        vm: VmFd,
+        memory: kapsel_devices::Memory,
+    ) -> io::Result<Self> {
+        let mut events = Events::new()?;
+        events.watch_event(bus.stop.event(), Source::Stop)?;
+        for (device, slot) in bus.slots.iter().enumerate() {
+            let slot = lock(slot);
+            for (queue, event) in slot.queue_events().iter().enumerate() {
+                events.watch_event(event, Source::Queue(device, queue))?;
+            }
+            for (index, descriptor) in slot.sources().into_iter().enumerate() {
+                events.watch(descriptor, Source::Device(device, index))?;
+            }
+        }
+        let mut machine = Machine { processors, bus, events, input: None, _vm: vm, _memory: memory };
+        machine.watch_input(drained)?;
+        Ok(machine)
+    }
+
+    /// A standard input that cannot be waited for (a file, /dev/null) has nothing to type.
+    fn watch_input(&mut self, drained: EventFd) -> io::Result<()> {
+        let stdin = io::stdin();
+        if self.events.watch(&stdin, Source::Input).is_ok() {
+            self.events.watch_event(&drained, Source::InputRoom)?;
+            self.input = Some(Input { stdin, drained, watched: true });
+        }
+        Ok(())
+    }
+
+    /// Runs the machine until it ends.
+    ///
+    /// # Errors
+    /// When the event loop cannot wait.
+    pub fn run(&mut self) -> io::Result<End> {
+        self.processors.resume();
+        loop {
+            for source in self.events.wait()? {
+                self.handle(source)?;
+            }
+            if let Some(end) = self.bus.stop.end() {
+                self.processors.pause();
+                return Ok(end.clone());
+            }
+        }
+    }
+
+    /// How often the guest left to the monitor so far.
+    pub fn exits(&self) -> &Exits {
+        &self.bus.exits
+    }
+
+    fn handle(&mut self, source: Source) -> io::Result<()> {
+        match source {
+            Source::Queue(device, queue) => lock(&self.bus.slots[device]).notify(queue),
+            Source::Device(device, index) => lock(&self.bus.slots[device]).source(index),
+            Source::Input => self.read_input()?,
+            Source::InputRoom => self.reopen_input()?,
+            Source::Stop => {}
+        }
+        Ok(())
+    }
+
+    /// Reads no more than the guest's console has room for; when it is full, the rest waits in the pipe.
+    fn read_input(&mut self) -> io::Result<()> {
+        let Some(input) = &mut self.input else { return Ok(()) };
+        let mut console = lock(&self.bus.console);
+        let mut bytes = [0; 64];
+        let room = console.room().min(bytes.len());
+        let ended = match room {
+            0 => {
+                self.events.forget(&input.stdin)?;
+                input.watched = false;
+                return Ok(());
+            }
+            // Not through the handle's buffer, which would read ahead.
+            _ => match rustix::io::read(&input.stdin, &mut bytes[..room]) {
+                Ok(0) => true,
+                Ok(count) => {
+                    console.input(&bytes[..count]);
+                    false
+                }
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
+                Err(_) => true,
+            },
+        };
+        if ended {
+            self.events.forget(&input.stdin)?;
+            self.input = None;
+        }
+        Ok(())
+    }
+
+    fn reopen_input(&mut self) -> io::Result<()> {
+        let Some(input) = &mut self.input else { return Ok(()) };
+        let _ = input.drained.read();
+        if !input.watched {
+            self.events.watch(&input.stdin, Source::Input)?;
+            input.watched = true;
+        }
+        Ok(())
+    }
+}

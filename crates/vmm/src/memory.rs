@@ -1,0 +1,97 @@
+//! The guest's memory.
+
+use kapsel_devices::Memory;
+use serde::{Deserialize, Serialize};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestRegionMmap};
+
+use crate::x86::layout::{HOLE, HOLE_END};
+
+/// The pages behind the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum HugePages {
+    /// The host's usual ones; transparent huge pages where the host has them.
+    #[default]
+    None,
+    /// Reserved pages of 2 MiB (hugetlbfs).
+    #[serde(rename = "2M")]
+    TwoMegabytes,
+}
+
+/// Why there is no memory.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot map {mib} MiB for the guest: {reason}")]
+pub struct Error {
+    mib: u64,
+    reason: String,
+}
+
+/// Parts of the guest's physical address space with memory: start and size in bytes.
+pub fn ranges(mib: u64) -> Vec<(u64, u64)> {
+    let size = mib << 20;
+    let low = size.min(HOLE);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((HOLE_END, size - low));
+    }
+    ranges
+}
+
+/// Maps memory for a guest. It is given by the host only as the guest touches it.
+///
+/// # Errors
+/// When the address space, or the host's reserve of huge pages, does not suffice.
+pub fn allocate(mib: u64, pages: HugePages) -> Result<Memory, Error> {
+    let failed = |reason: String| Error { mib, reason };
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    if pages == HugePages::TwoMegabytes {
+        flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    }
+    let mut regions = Vec::new();
+    for (start, size) in ranges(mib) {
+        let size = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
+        let mapping = MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .build()
+            .map_err(|e| failed(e.to_string()))?;
+        if pages == HugePages::None {
+            prefer_huge_pages(&mapping);
+        }
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
+        regions.push(region.ok_or_else(|| failed("a region ends beyond the address space".into()))?);
+    }
+    Memory::from_regions(regions).map_err(|e| failed(e.to_string()))
+}
+
+/// Fewer faults and shorter page walks; a host that has no transparent huge pages loses nothing.
+fn prefer_huge_pages(mapping: &vm_memory::MmapRegion) {
+    // SAFETY: the range is a private anonymous mapping that was just made and is owned by `mapping`; the advice changes no
+    // contents.
+    let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
+    if result != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "no transparent huge pages");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryBackend;
+
+    use super::*;
+
+    #[test]
+    fn memory_goes_around_the_hole() {
+        assert_eq!(ranges(128), [(0, 128 << 20)]);
+        assert_eq!(ranges(3072), [(0, HOLE)]);
+        assert_eq!(ranges(65536), [(0, HOLE), (HOLE_END, (65536 << 20) - HOLE)]);
+    }
+
+    #[test]
+    fn sixty_four_gibibytes_can_be_promised() {
+        let memory = allocate(65536, HugePages::None).unwrap();
+        assert!(memory.address_in_range(GuestAddress(HOLE - 1)));
+        assert!(!memory.address_in_range(GuestAddress(HOLE)));
+        assert!(memory.address_in_range(GuestAddress(HOLE_END)));
+    }
+}

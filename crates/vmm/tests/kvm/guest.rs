@@ -1,0 +1,178 @@
+//! The guest's side: tries what the machine gives it and says on the console what came of it.
+
+use std::fs;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// Makes this binary the guest's program.
+pub const ARGUMENT: &str = "--guest";
+/// Beginning of the guest's process 1; the modules and the program follow.
+pub const INIT: &str = "#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+/bin/busybox --install -s /bin
+export PATH=/bin
+";
+/// Said when everything was as it should be.
+pub const DONE: &str = "the guest is content";
+/// Said when the guest reads its console.
+pub const READY: &str = "the guest listens";
+/// Where the host listens.
+pub const HOST_PORT: u32 = 1024;
+/// Where the guest listens.
+pub const GUEST_PORT: u32 = 5000;
+/// What is typed on the console: longer than the serial port's buffer of 64 bytes, so that the guest has to make room.
+pub const LINE: &str = "a line that is longer than the sixty-four bytes that the serial port keeps for the guest until it reads them";
+
+const ECHO: usize = 1 << 20;
+const HOST_CID: u32 = 2;
+
+/// Bytes that are at no place the same as at the next sector's.
+pub fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|n| (n * 7 + n / 512 * 3) as u8).collect()
+}
+
+/// Does what the kernel's command line asks for, and ends the machine.
+pub fn main() -> ! {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let task = line.split_whitespace().find_map(|word| word.strip_prefix("task=")).unwrap_or_default();
+    let (result, end) = match task {
+        "devices" => (devices(), libc::RB_POWER_OFF),
+        "console" => (console(), libc::RB_AUTOBOOT),
+        _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
+    };
+    match result {
+        Ok(()) => println!("{DONE}"),
+        Err(error) => println!("the guest failed: {error}"),
+    }
+    // SAFETY: the call ends the machine and does not return; nothing is to be written any more.
+    unsafe { libc::reboot(end) };
+    std::process::exit(1)
+}
+
+fn check(condition: bool, what: &str) -> io::Result<()> {
+    if condition { Ok(()) } else { Err(io::Error::other(what.to_owned())) }
+}
+
+fn devices() -> io::Result<()> {
+    let processors = fs::read_to_string("/proc/cpuinfo")?.matches("processor\t").count();
+    check(processors == 2, "there are two processors")?;
+    disks()?;
+    let source = fs::read_to_string("/sys/class/misc/hw_random/rng_current")?;
+    check(source.trim() == "virtio_rng.0", "the entropy device is in use")?;
+    let mut random = [0; 32];
+    fs::File::open("/dev/hwrng")?.read_exact(&mut random)?;
+    check(random.iter().any(|byte| *byte != random[0]), "the entropy device gives different bytes")?;
+    // The host may call before the guest calls it.
+    let listener = listen(GUEST_PORT)?;
+    call_host()?;
+    answer(&listener)
+}
+
+fn disks() -> io::Result<()> {
+    let attribute =
+        |name: &str| fs::read_to_string(format!("/sys/block/{name}")).map(|text| text.trim().to_owned());
+    check(
+        attribute("vda/serial")? == "first" && attribute("vdb/serial")? == "second",
+        "disks have their names",
+    )?;
+    check(attribute("vda/ro")? == "1" && attribute("vdb/ro")? == "0", "the first disk is read-only")?;
+    check(attribute("vdb/size")? == "64", "the second disk has its size")?;
+    check(attribute("vda/queue/write_cache")? == "write through", "the first disk does not flush")?;
+    check(attribute("vdb/queue/write_cache")? == "write back", "the second disk does")?;
+    check(fs::read("/dev/vda")? == pattern(8 * 512), "the first disk has its contents")?;
+
+    let mut disk = fs::File::options().read(true).write(true).open("/dev/vdb")?;
+    disk.write_all(&pattern(4 * 512))?;
+    disk.sync_all()?;
+    let range: [u64; 2] = [16 * 512, 8 * 512];
+    const BLKZEROOUT: libc::Ioctl = 0x127f;
+    // SAFETY: the request reads two 64-bit numbers, which `range` has.
+    check(unsafe { libc::ioctl(disk.as_raw_fd(), BLKZEROOUT, &range) } == 0, "a range can be zeroed")?;
+    disk.sync_all()?;
+    disk.seek(SeekFrom::Start(0))?;
+    let mut read = vec![0; 4 * 512];
+    disk.read_exact(&mut read)?;
+    check(read == pattern(4 * 512), "what was written is read again")
+}
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: the structure is integers only, for which zero is a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
+fn socket() -> io::Result<fs::File> {
+    // SAFETY: the call has no pointers; the descriptor that it gives is owned by nobody else.
+    let descriptor = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }.into())
+}
+
+fn ok(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn listen(port: u32) -> io::Result<fs::File> {
+    let (socket, address) = (socket()?, address(libc::VMADDR_CID_ANY, port));
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address and its length belong together.
+    ok(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
+    // SAFETY: there is no pointer.
+    ok(unsafe { libc::listen(socket.as_raw_fd(), 4) })?;
+    Ok(socket)
+}
+
+fn stop_sending(socket: &fs::File) -> io::Result<()> {
+    // SAFETY: there is no pointer.
+    ok(unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) })
+}
+
+/// Sends more than all buffers hold while the host sends it back.
+fn call_host() -> io::Result<()> {
+    let (mut socket, address) = (socket()?, address(HOST_CID, HOST_PORT));
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address and its length belong together.
+    ok(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
+    let mut reader = socket.try_clone()?;
+    let echo = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    socket.write_all(&pattern(ECHO))?;
+    stop_sending(&socket)?;
+    let bytes = echo.join().map_err(|_| io::Error::other("the reader panicked"))??;
+    check(bytes == pattern(ECHO), "the host sends back what it was sent")
+}
+
+fn answer(listener: &fs::File) -> io::Result<()> {
+    // SAFETY: no address is wanted; the descriptor is owned by nobody else.
+    let descriptor =
+        unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
+    check(descriptor >= 0, "the host calls")?;
+    // SAFETY: as above.
+    let mut socket: fs::File = unsafe { OwnedFd::from_raw_fd(descriptor) }.into();
+    let mut question = String::new();
+    socket.read_to_string(&mut question)?;
+    check(question == "ping", "the host says ping")?;
+    socket.write_all(b"pong")?;
+    stop_sending(&socket)?;
+    // The answer is on its way when the host has closed as well.
+    let _ = socket.read(&mut [0]);
+    Ok(())
+}
+
+fn console() -> io::Result<()> {
+    println!("{READY}");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    check(line.trim_end() == LINE, &format!("the console gave {line:?}"))
+}

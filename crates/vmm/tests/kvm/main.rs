@@ -1,0 +1,26 @@
+//! Real guests on real KVM: on this machine where its processor can, otherwise in the box. The same binary is the test, what
+//! runs in the box, and what runs in the guest.
+
+mod guest;
+mod host;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Failed, Trial};
+
+fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(guest::ARGUMENT) {
+        guest::main();
+    }
+    let trial = |name: &str, test: fn() -> Result<(), Failed>| Trial::test(name, test);
+    let trials = vec![
+        trial("a_guest_uses_its_devices_and_powers_itself_off", host::devices),
+        trial(
+            "a_guest_starts_by_the_linux_protocol_reads_its_console_and_resets_itself",
+            host::linux_protocol,
+        ),
+        trial("a_guest_without_a_root_panics_and_the_machine_ends", host::panic),
+        trial("what_is_not_a_kernel_is_refused_with_a_reason", host::bad_kernels),
+    ];
+    kapsel_kvmbox::test_main(trials, host::prepare)
+}
