@@ -80,6 +80,14 @@ pub enum Error {
         /// What failed.
         what: String,
     },
+    /// The monitor could not be confined, or not be started in its jail.
+    #[error("machine {name}: {source}")]
+    Jail {
+        /// The machine.
+        name: String,
+        /// What failed.
+        source: kapsel_jail::Error,
+    },
     /// The channel to the guest failed.
     #[error("machine {name}: {source}")]
     Channel {

@@ -4,7 +4,9 @@
 //! ([`Monitor::boot`]) or from a [`Snapshot`] ([`Monitor::restore`]). A [`Machine`] is one running guest. What a monitor
 //! cannot do is absent from its [`Capabilities`], and asking for it is a typed error before anything starts.
 
+mod console;
 mod error;
+mod qemu;
 mod spec;
 mod types;
 
@@ -15,6 +17,7 @@ use std::time::Duration;
 use kapsel_channel::Channel;
 
 pub use error::Error;
+pub use qemu::Qemu;
 pub use spec::{Accel, Attachment, Disk, Identity, JailOptions, MachineSpec, Share};
 pub use types::{Capabilities, ExitReason, Phase, Probe, Snapshot, Stats};
 
@@ -77,8 +80,8 @@ pub trait Machine: Send + Sync {
     /// When the monitor does not obey in time or has ended.
     async fn resume(&self) -> Result<()>;
 
-    /// Saves the machine in `dir` (existing, empty). The machine must have been booted with `spec.template` set; it is paused and
-    /// its channel session closed first, and it stays paused.
+    /// Saves the machine in `dir` (existing, empty). The machine must have been booted with `spec.template` set; its channel session is
+    /// closed first, and it is ended afterwards, since its memory is the snapshot's.
     ///
     /// # Errors
     /// When the machine is not a template or the monitor cannot save it; `dir` may then hold partial files.

@@ -94,6 +94,6 @@ pub enum Identity {
 pub struct JailOptions {
     /// Under whose identity the monitor runs.
     pub identity: Identity,
-    /// A cgroup (directory) to start it in.
-    pub cgroup: Option<PathBuf>,
+    /// A cgroup to start it in.
+    pub cgroup: Option<kapsel_jail::Cgroup>,
 }
