@@ -14,7 +14,7 @@ use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
 use crate::config::{CacheType, Config};
 use crate::console::Console;
 use crate::kernel;
-use crate::machine::Machine;
+use crate::machine::{Disk, Machine};
 use crate::memory;
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
@@ -38,6 +38,9 @@ pub enum Error {
     /// More devices than there are interrupts.
     #[error("a machine has room for {max} devices", max = layout::DEVICES_MAX)]
     TooManyDevices,
+    /// Nothing to start from.
+    #[error("the configuration has no kernel (boot-source)")]
+    NoKernel,
     /// Memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -66,17 +69,18 @@ pub enum Error {
 /// # Errors
 /// [`Error`]; nothing is left behind but the socket of a socket device.
 pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machine, Error> {
+    let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
     let kvm = open_kvm()?;
     let memory = memory::allocate(config.machine_config.mem_size_mib, config.machine_config.huge_pages)?;
     let vm = create_vm(&kvm, &memory)?;
 
     let (console, drained) = create_console(&vm, output)?;
-    let (slots, places) = create_devices(&vm, &memory, config)?;
+    let Slots { slots, places, disks, .. } = create_devices(&vm, &memory, config)?;
     let stop = Stop::new(event()?);
     let bus = Arc::new(Bus { console: Mutex::new(console), slots, stop, exits: Exits::default() });
 
-    let kernel = kernel::load(&memory, &config.boot_source.kernel_image_path)?;
-    let initrd = config.boot_source.initrd_path.as_deref();
+    let kernel = kernel::load(&memory, &boot_source.kernel_image_path)?;
+    let initrd = boot_source.initrd_path.as_deref();
     let initrd = initrd.map(|path| kernel::load_initrd(&memory, &kernel, path)).transpose()?;
     boot::describe(&memory, &kernel, initrd, &config.command_line())?;
     acpi::write(&memory, config.machine_config.vcpu_count, &places)?;
@@ -86,7 +90,7 @@ pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machi
         processor::point_at(first, &memory, &kernel)?;
     }
     let processors = Processors::start(vcpus, &bus)?;
-    Ok(Machine::new(processors, bus, drained, vm, memory)?)
+    Ok(Machine::new(processors, bus, disks, drained, vm, memory)?)
 }
 
 fn open_kvm() -> Result<Kvm, Error> {
@@ -127,19 +131,16 @@ fn create_console(vm: &VmFd, output: Box<dyn io::Write + Send>) -> Result<(Conso
     Ok((Console::new(line, drained.try_clone()?, output), drained))
 }
 
-fn create_devices(
-    vm: &VmFd,
-    memory: &Memory,
-    config: &Config,
-) -> Result<(Vec<SharedSlot>, Vec<Place>), Error> {
-    let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new() };
+fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Result<Slots<'a>, Error> {
+    let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new(), disks: Vec::new() };
     for drive in config.ordered_drives() {
-        slots.plug(block::Block::new(block::Config {
+        let disk = slots.plug(block::Block::new(block::Config {
             serial: drive.drive_id.clone(),
             path: drive.path_on_host.clone(),
             read_only: drive.is_read_only,
             flush: drive.cache_type == CacheType::Writeback,
         })?)?;
+        slots.disks.push((drive.drive_id.clone(), disk));
     }
     if let Some(vsock) = &config.vsock {
         slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?)?;
@@ -147,7 +148,7 @@ fn create_devices(
     if config.entropy.is_some() {
         slots.plug(rng::Rng::new())?;
     }
-    Ok((slots.slots, slots.places))
+    Ok(slots)
 }
 
 struct Slots<'a> {
@@ -155,16 +156,18 @@ struct Slots<'a> {
     memory: &'a Memory,
     slots: Vec<SharedSlot>,
     places: Vec<Place>,
+    disks: Vec<Disk>,
 }
 
 impl Slots<'_> {
     /// Gives a device the next place. Neither its interrupts nor its driver's notifications pass through the monitor's
     /// processor threads: KVM signals and is signalled.
-    fn plug(&mut self, device: impl Device + 'static) -> Result<(), Error> {
+    fn plug<D: Device + 'static>(&mut self, device: D) -> Result<Arc<Mutex<Transport<D>>>, Error> {
         let place = Place::of(self.slots.len()).ok_or(Error::TooManyDevices)?;
         let line = event()?;
         self.vm.register_irqfd(&line, place.gsi).map_err(|e| Error::Kvm("connect an interrupt", e))?;
-        let slot: SharedSlot = Arc::new(Mutex::new(Transport::new(device, self.memory.clone(), line)?));
+        let transport = Arc::new(Mutex::new(Transport::new(device, self.memory.clone(), line)?));
+        let slot: SharedSlot = transport.clone();
         let notify = IoEventAddress::Mmio(place.address + register::QUEUE_NOTIFY);
         for (queue, event) in lock(&slot).queue_events().iter().enumerate() {
             let connected = self.vm.register_ioevent(event, &notify, queue as u32);
@@ -172,7 +175,7 @@ impl Slots<'_> {
         }
         self.slots.push(slot);
         self.places.push(place);
-        Ok(())
+        Ok(transport)
     }
 }
 

@@ -17,11 +17,12 @@ pub const DEFAULT_BOOT_ARGS: &str =
     "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
 /// A whole machine.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Kernel, initrd and command line.
-    pub boot_source: BootSource,
+    /// Kernel, initrd and command line. A machine cannot start without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_source: Option<BootSource>,
     /// Processors and memory.
     #[serde(default)]
     pub machine_config: MachineConfig,
@@ -58,14 +59,48 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// How much memory, in MiB, at most [`MEMORY_MAX_MIB`].
     pub mem_size_mib: u64,
+    /// Two processors to a core. Only `false` is possible: each has a core of its own.
+    #[serde(default)]
+    pub smt: bool,
+    /// A log of written pages. Only `false` is possible.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
     /// The pages behind the memory.
     #[serde(default)]
     pub huge_pages: HugePages,
 }
 
+/// Changes to a [`MachineConfig`]; what is absent stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigUpdate {
+    vcpu_count: Option<u8>,
+    mem_size_mib: Option<u64>,
+    smt: Option<bool>,
+    track_dirty_pages: Option<bool>,
+    huge_pages: Option<HugePages>,
+}
+
+impl MachineConfigUpdate {
+    /// Makes the changes.
+    pub fn apply(self, config: &mut MachineConfig) {
+        config.vcpu_count = self.vcpu_count.unwrap_or(config.vcpu_count);
+        config.mem_size_mib = self.mem_size_mib.unwrap_or(config.mem_size_mib);
+        config.smt = self.smt.unwrap_or(config.smt);
+        config.track_dirty_pages = self.track_dirty_pages.unwrap_or(config.track_dirty_pages);
+        config.huge_pages = self.huge_pages.unwrap_or(config.huge_pages);
+    }
+}
+
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { vcpu_count: 1, mem_size_mib: 128, huge_pages: HugePages::None }
+        MachineConfig {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+        }
     }
 }
 
@@ -126,6 +161,9 @@ pub enum Error {
         "a machine has 1 to {MEMORY_MAX_MIB} MiB of memory (mem_size_mib), an even number with 2M huge pages, not {0}"
     )]
     Memory(u64),
+    /// A setting of Firecracker's with one possible value here.
+    #[error("{0} can only be false")]
+    Unsupported(&'static str),
     /// Names of disks.
     #[error("the drive_id {0:?} is used twice, or is not made of letters, digits and underscores")]
     DriveId(String),
@@ -145,8 +183,16 @@ impl Config {
         Ok(config)
     }
 
-    fn check(&self) -> Result<(), Error> {
-        let MachineConfig { vcpu_count, mem_size_mib, huge_pages } = self.machine_config;
+    /// Whether there can be such a machine.
+    ///
+    /// # Errors
+    /// As [`Config::parse`].
+    pub fn check(&self) -> Result<(), Error> {
+        let MachineConfig { vcpu_count, mem_size_mib, smt, track_dirty_pages, huge_pages } =
+            self.machine_config;
+        if smt || track_dirty_pages {
+            return Err(Error::Unsupported(if smt { "smt" } else { "track_dirty_pages" }));
+        }
         if !(1..=CPUS_MAX).contains(&vcpu_count) {
             return Err(Error::Cpus(vcpu_count));
         }
@@ -179,7 +225,8 @@ impl Config {
 
     /// The kernel's command line, with the root disk if there is one.
     pub fn command_line(&self) -> String {
-        let mut line = self.boot_source.boot_args.clone().unwrap_or_else(|| DEFAULT_BOOT_ARGS.to_owned());
+        let arguments = self.boot_source.as_ref().and_then(|source| source.boot_args.as_deref());
+        let mut line = arguments.unwrap_or(DEFAULT_BOOT_ARGS).to_owned();
         // There is no PCI, and looking for it takes many exits.
         line.push_str(" pci=off");
         if let Some(root) = self.drives.iter().find(|drive| drive.is_root_device) {

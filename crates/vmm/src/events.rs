@@ -15,6 +15,8 @@ pub enum Source {
     Queue(usize, usize),
     /// A device's own descriptor: device and index.
     Device(usize, usize),
+    /// The API was asked for something.
+    Api,
     /// Somebody types.
     Input,
     /// The guest's console has room for input.

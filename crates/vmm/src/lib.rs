@@ -1,6 +1,7 @@
 //! A microVM monitor on KVM: the machine, its devices' places, its processors, and the way from a configuration to a
 //! running guest ([`builder::build`] is the sequence, top to bottom).
 
+pub mod api;
 pub mod builder;
 mod bus;
 pub mod config;

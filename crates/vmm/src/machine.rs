@@ -1,16 +1,24 @@
 //! A running machine: its processors in threads, its devices in the event loop of the thread that owns it.
 
 use std::io::{self, Stdin};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
+use kapsel_devices::block::{self, Block};
+use kapsel_devices::mmio::Transport;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::api::Server;
+use crate::api::control::Running;
 use crate::bus::{Bus, lock};
 use crate::events::{Events, Source};
 use crate::vcpu::Processors;
 
 pub use crate::bus::{End, Exits};
+
+/// A disk by its name.
+pub(crate) type Disk = (String, Arc<Mutex<Transport<Block>>>);
 
 /// A machine, built and not yet running.
 pub struct Machine {
@@ -19,6 +27,8 @@ pub struct Machine {
     bus: Arc<Bus>,
     events: Events,
     input: Option<Input>,
+    disks: Vec<Disk>,
+    api: Option<(Server, Running)>,
     _vm: VmFd,
     _memory: kapsel_devices::Memory,
 }
@@ -34,6 +44,7 @@ impl Machine {
     pub(crate) fn new(
         processors: Processors,
         bus: Arc<Bus>,
+        disks: Vec<Disk>,
         drained: EventFd,
         vm: VmFd,
         memory: kapsel_devices::Memory,
@@ -49,7 +60,8 @@ impl Machine {
                 events.watch(descriptor, Source::Device(device, index))?;
             }
         }
-        let mut machine = Machine { processors, bus, events, input: None, _vm: vm, _memory: memory };
+        let mut machine =
+            Machine { processors, bus, events, input: None, disks, api: None, _vm: vm, _memory: memory };
         machine.watch_input(drained)?;
         Ok(machine)
     }
@@ -62,6 +74,35 @@ impl Machine {
             self.input = Some(Input { stdin, drained, watched: true });
         }
         Ok(())
+    }
+
+    /// From now on the machine answers the API.
+    ///
+    /// # Errors
+    /// When the API cannot be waited for.
+    pub fn answer(&mut self, server: Server, running: Running) -> io::Result<()> {
+        self.events.watch_event(server.event(), Source::Api)?;
+        self.api = Some((server, running));
+        Ok(())
+    }
+
+    /// Holds the processors. Devices finish what they were asked for.
+    pub fn pause(&self) {
+        self.processors.pause();
+    }
+
+    /// Lets the processors run.
+    pub fn resume(&self) {
+        self.processors.resume();
+    }
+
+    /// Continues a disk with another file and tells the guest its size. A name that no disk has changes nothing.
+    ///
+    /// # Errors
+    /// When the file cannot be used; the disk stays as it was.
+    pub fn replace_disk(&self, name: &str, path: &Path) -> Result<(), block::Error> {
+        let disk = self.disks.iter().find(|(other, _)| other == name);
+        disk.map_or(Ok(()), |(_, disk)| lock(disk).reconfigure(|block| block.replace(path)))
     }
 
     /// Runs the machine until it ends.
@@ -92,9 +133,19 @@ impl Machine {
             Source::Device(device, index) => lock(&self.bus.slots[device]).source(index),
             Source::Input => self.read_input()?,
             Source::InputRoom => self.reopen_input()?,
+            Source::Api => self.answer_calls(),
             Source::Stop => {}
         }
         Ok(())
+    }
+
+    fn answer_calls(&mut self) {
+        let Some((server, mut running)) = self.api.take() else { return };
+        while let Some(call) = server.next() {
+            // A client that has gone does not want the answer.
+            let _ = call.reply.send(running.handle(call.request, self));
+        }
+        self.api = Some((server, running));
     }
 
     /// Reads no more than the guest's console has room for; when it is full, the rest waits in the pipe.

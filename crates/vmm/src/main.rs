@@ -7,9 +7,11 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use kapsel_vmm::api::Server;
+use kapsel_vmm::api::control::{Answer, Next, PreBoot};
 use kapsel_vmm::builder;
 use kapsel_vmm::config::Config;
-use kapsel_vmm::machine::End;
+use kapsel_vmm::machine::{End, Machine};
 use tracing_subscriber::filter::LevelFilter;
 
 /// Run one microVM. Its serial console is the standard input and output; the exit status is 0 when the guest powers itself
@@ -17,9 +19,18 @@ use tracing_subscriber::filter::LevelFilter;
 #[derive(Parser)]
 #[command(version, about)]
 struct Options {
-    /// The machine, in JSON
+    /// The API's Unix socket, which is made
+    #[arg(long, value_name = "SOCKET", default_value = "/run/firecracker.socket")]
+    api_sock: PathBuf,
+    /// Have no API; the machine is then in --config-file
+    #[arg(long, requires = "config_file", conflicts_with = "api_sock")]
+    no_api: bool,
+    /// Start the machine that is described in this JSON file
     #[arg(long, value_name = "FILE")]
-    config_file: PathBuf,
+    config_file: Option<PathBuf>,
+    /// The instance's name
+    #[arg(long, default_value = "anonymous-instance", value_parser = instance_id)]
+    id: String,
     /// Where messages go instead of the standard error output
     #[arg(long, value_name = "FILE")]
     log_path: Option<PathBuf>,
@@ -28,20 +39,64 @@ struct Options {
     level: LevelFilter,
 }
 
+fn instance_id(id: &str) -> Result<String, String> {
+    if (1..=64).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        Ok(id.to_owned())
+    } else {
+        Err("an id is 1 to 64 letters, digits and hyphens".to_owned())
+    }
+}
+
 /// A configuration is small; what is larger is some other file, in bytes.
 const CONFIG_MAX: u64 = 1 << 20;
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     start_log(&options)?;
-    let config = read_config(&options.config_file)?;
-    let mut machine = builder::build(&config, Box::new(io::stdout())).context("cannot build the machine")?;
+    let server = (!options.no_api).then(|| Server::start(&options.api_sock)).transpose();
+    let server = server.with_context(|| format!("cannot listen at {}", options.api_sock.display()))?;
+    let pre_boot = |config| PreBoot::new(options.id.clone(), config);
+    let mut machine = match (&options.config_file, server) {
+        (Some(path), server) => {
+            let (running, mut machine) = pre_boot(read_config(path)?).start(build)?;
+            if let Some(server) = server {
+                machine.answer(server, running)?;
+            }
+            machine
+        }
+        (None, Some(server)) => wait_for_start(pre_boot(Config::default()), server)?,
+        (None, None) => bail!("--no-api needs --config-file"),
+    };
     let end = machine.run().context("the machine's event loop failed")?;
     tracing::info!(?end, exits = machine.exits().total(), counted = ?machine.exits(), "the machine ended");
     match end {
         End::PowerOff | End::Reset => Ok(ExitCode::SUCCESS),
         End::Failure(reason) => bail!("the machine failed: {reason}"),
     }
+}
+
+/// The machine's console is the monitor's own.
+fn build(config: &Config) -> Result<Machine, builder::Error> {
+    builder::build(config, Box::new(io::stdout()))
+}
+
+/// Has the API put a machine together until it is to start.
+fn wait_for_start(mut pre_boot: PreBoot, server: Server) -> Result<Machine> {
+    while let Some(call) = server.wait() {
+        pre_boot = match pre_boot.handle(call.request, build) {
+            Next::Wait(pre_boot, answer) => {
+                // A client that has gone does not want the answer.
+                let _ = call.reply.send(answer);
+                pre_boot
+            }
+            Next::Run(running, mut machine) => {
+                machine.answer(server, running)?;
+                let _ = call.reply.send(Ok(Answer::Done));
+                return Ok(*machine);
+            }
+        };
+    }
+    bail!("the API has ended")
 }
 
 fn start_log(options: &Options) -> Result<()> {

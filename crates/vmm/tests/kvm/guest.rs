@@ -19,6 +19,10 @@ export PATH=/bin
 pub const DONE: &str = "the guest is content";
 /// Said when the guest reads its console.
 pub const READY: &str = "the guest listens";
+/// Said again and again by a guest that waits for its disk to grow.
+pub const TICK: &str = "tick";
+/// The size that the disk grows to.
+pub const LARGE_SECTORS: usize = 128;
 /// Where the host listens.
 pub const HOST_PORT: u32 = 1024;
 /// Where the guest listens.
@@ -34,12 +38,18 @@ pub fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|n| (n * 7 + n / 512 * 3) as u8).collect()
 }
 
+/// The kernel's command line for a task.
+pub fn arguments(task: &str) -> String {
+    format!("console=ttyS0 quiet reboot=k panic=-1 mitigations=off rdinit=/init task={task}")
+}
+
 /// Does what the kernel's command line asks for, and ends the machine.
 pub fn main() -> ! {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let task = line.split_whitespace().find_map(|word| word.strip_prefix("task=")).unwrap_or_default();
     let (result, end) = match task {
         "devices" => (devices(), libc::RB_POWER_OFF),
+        "ticks" => (ticks(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
     };
@@ -168,6 +178,17 @@ fn answer(listener: &fs::File) -> io::Result<()> {
     // The answer is on its way when the host has closed as well.
     let _ = socket.read(&mut [0]);
     Ok(())
+}
+
+fn ticks() -> io::Result<()> {
+    let size = || fs::read_to_string("/sys/block/vda/size").map(|size| size.trim().to_owned());
+    while size()? != LARGE_SECTORS.to_string() {
+        println!("{TICK}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let content = fs::read("/dev/vda")?;
+    check(content.len() == LARGE_SECTORS * 512, "the disk has its new size")?;
+    check(content[64 * 512..].iter().all(|byte| *byte == 2), "the disk has its new contents")
 }
 
 fn console() -> io::Result<()> {

@@ -27,11 +27,11 @@ const MODULES: [&str; 6] = [
 const SECTOR: usize = 512;
 
 /// The files that guests are started with.
-struct Files {
-    vmm: PathBuf,
-    vmlinux: PathBuf,
+pub struct Files {
+    pub vmm: PathBuf,
+    pub vmlinux: PathBuf,
     bzimage: PathBuf,
-    initramfs: PathBuf,
+    pub initramfs: PathBuf,
 }
 
 impl Files {
@@ -52,7 +52,7 @@ impl Files {
         }
     }
 
-    fn here() -> Self {
+    pub fn here() -> Self {
         if kapsel_kvmbox::inside() {
             Self::of_box()
         } else {
@@ -65,6 +65,7 @@ impl Files {
 pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
     let (host, inside) = (Files::of_host()?, Files::of_box());
     Ok(kvm_box
+        .timeout(Duration::from_secs(900))
         .program(host.vmm, inside.vmm)?
         .file(host.vmlinux, inside.vmlinux)
         .file(host.bzimage, inside.bzimage)
@@ -95,9 +96,8 @@ fn build_initramfs(kernel: &Kernel, path: &Path) -> io::Result<()> {
 
 /// A configuration whose guest does `task`.
 fn config(files: &Files, kernel: &Path, task: &str) -> Value {
-    let arguments = format!("console=ttyS0 quiet reboot=k panic=-1 mitigations=off rdinit=/init task={task}");
     json!({
-        "boot-source": {"kernel_image_path": kernel, "initrd_path": files.initramfs, "boot_args": arguments},
+        "boot-source": {"kernel_image_path": kernel, "initrd_path": files.initramfs, "boot_args": guest::arguments(task)},
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 256},
     })
 }
@@ -119,7 +119,7 @@ impl Monitor {
         let path = directory.join("config.json");
         fs::write(&path, config.to_string())?;
         let child = Command::new(&files.vmm)
-            .args(["--level", "info", "--config-file"])
+            .args(["--level", "info", "--no-api", "--config-file"])
             .arg(path)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

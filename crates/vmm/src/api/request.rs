@@ -1,0 +1,195 @@
+//! What a request asks for.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::config::{BootSource, Drive, Entropy, MachineConfig, MachineConfigUpdate, Vsock};
+
+/// Something that the API can be asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// What the instance is and whether it runs.
+    GetInstance,
+    /// Processors and memory.
+    GetMachineConfig,
+    /// The whole configuration.
+    GetConfig,
+    /// Sets kernel, initrd and command line.
+    PutBootSource(BootSource),
+    /// Sets processors and memory.
+    PutMachineConfig(MachineConfig),
+    /// Changes some of them.
+    PatchMachineConfig(MachineConfigUpdate),
+    /// Adds a disk, or replaces the one of that name.
+    PutDrive(Drive),
+    /// Continues a disk with another file.
+    PatchDrive(DriveUpdate),
+    /// Adds sockets.
+    PutVsock(Vsock),
+    /// Adds the entropy device.
+    PutEntropy(Entropy),
+    /// Starts the machine.
+    Start,
+    /// Holds the machine.
+    Pause,
+    /// Lets it go on.
+    Resume,
+}
+
+/// Another file for a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// Which disk.
+    pub drive_id: String,
+    /// The file; the same one again when its size changed.
+    pub path_on_host: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Action {
+    action_type: ActionType,
+}
+
+#[derive(Deserialize)]
+enum ActionType {
+    InstanceStart,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Vm {
+    state: VmState,
+}
+
+#[derive(Deserialize)]
+enum VmState {
+    Paused,
+    Resumed,
+}
+
+/// Why a request is not one; the texts are Firecracker's, because clients look at them.
+#[derive(Debug, thiserror::Error)]
+pub enum Invalid {
+    /// No such thing.
+    #[error("Invalid request method and/or path: {0} {1}.")]
+    Path(String, String),
+    /// A body where none may be.
+    #[error("GET request cannot have a body.")]
+    GetBody,
+    /// No body where one must be.
+    #[error("Empty {0} request.")]
+    Empty(String),
+    /// No name.
+    #[error("The ID cannot be empty.")]
+    EmptyId,
+    /// A name with other characters.
+    #[error("API Resource IDs can only contain alphanumeric characters and underscores.")]
+    Id,
+    /// One name in the path and another in the body.
+    #[error("The id from the path does not match the id from the body!")]
+    IdMismatch,
+    /// The body is not what it should be.
+    #[error("An error occurred when deserializing the json body of a request: {0}.")]
+    Json(#[from] serde_json::Error),
+}
+
+/// Finds out what a request asks for.
+///
+/// # Errors
+/// [`Invalid`].
+pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> {
+    let mut tokens = path.trim_start_matches('/').split_terminator('/');
+    let (resource, name) = (tokens.next().unwrap_or_default(), tokens.next());
+    let unknown = || Invalid::Path(method.to_owned(), path.to_owned());
+    if tokens.next().is_some() {
+        return Err(unknown());
+    }
+    match method {
+        "GET" if !body.is_empty() => Err(Invalid::GetBody),
+        "PUT" | "PATCH" if body.is_empty() => Err(Invalid::Empty(method.to_owned())),
+        _ => Ok(()),
+    }?;
+    match (method, resource, name) {
+        ("GET", "", None) => Ok(Request::GetInstance),
+        ("GET", "machine-config", None) => Ok(Request::GetMachineConfig),
+        ("GET", "vm", Some("config")) => Ok(Request::GetConfig),
+        ("PUT", "boot-source", None) => Ok(Request::PutBootSource(serde_json::from_slice(body)?)),
+        ("PUT", "machine-config", None) => Ok(Request::PutMachineConfig(serde_json::from_slice(body)?)),
+        ("PATCH", "machine-config", None) => Ok(Request::PatchMachineConfig(serde_json::from_slice(body)?)),
+        ("PUT", "vsock", None) => Ok(Request::PutVsock(serde_json::from_slice(body)?)),
+        ("PUT", "entropy", None) => Ok(Request::PutEntropy(serde_json::from_slice(body)?)),
+        ("PUT", "drives", name) => {
+            let name = check_name(name)?;
+            let drive: Drive = serde_json::from_slice(body)?;
+            if drive.drive_id == name { Ok(Request::PutDrive(drive)) } else { Err(Invalid::IdMismatch) }
+        }
+        ("PATCH", "drives", name) => {
+            let name = check_name(name)?;
+            let update: DriveUpdate = serde_json::from_slice(body)?;
+            if update.drive_id == name { Ok(Request::PatchDrive(update)) } else { Err(Invalid::IdMismatch) }
+        }
+        ("PUT", "actions", None) => {
+            let Action { action_type: ActionType::InstanceStart } = serde_json::from_slice(body)?;
+            Ok(Request::Start)
+        }
+        ("PATCH", "vm", None) => match serde_json::from_slice(body)? {
+            Vm { state: VmState::Paused } => Ok(Request::Pause),
+            Vm { state: VmState::Resumed } => Ok(Request::Resume),
+        },
+        _ => Err(unknown()),
+    }
+}
+
+fn check_name(name: Option<&str>) -> Result<&str, Invalid> {
+    let name = name.ok_or(Invalid::EmptyId)?;
+    if name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') { Ok(name) } else { Err(Invalid::Id) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(method: &str, path: &str, body: &str) -> String {
+        parse(method, path, body.as_bytes()).map(|request| format!("{request:?}")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn requests_are_understood() {
+        for (method, path, body, expected) in [
+            ("GET", "/", "", Request::GetInstance),
+            ("GET", "/vm/config", "", Request::GetConfig),
+            ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, Request::Start),
+            ("PATCH", "/vm", r#"{"state":"Paused"}"#, Request::Pause),
+            ("PATCH", "/vm", r#"{"state":"Resumed"}"#, Request::Resume),
+            ("PUT", "/entropy", "{}", Request::PutEntropy(Entropy {})),
+        ] {
+            assert_eq!(parse(method, path, body.as_bytes()).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn faults_have_firecrackers_words() {
+        assert_eq!(fault("GET", "/nothing", ""), "Invalid request method and/or path: GET /nothing.");
+        assert_eq!(fault("DELETE", "/vm", ""), "Invalid request method and/or path: DELETE /vm.");
+        assert_eq!(fault("GET", "/vm/config/x", ""), "Invalid request method and/or path: GET /vm/config/x.");
+        assert_eq!(fault("GET", "/", "{}"), "GET request cannot have a body.");
+        assert_eq!(fault("PUT", "/vsock", ""), "Empty PUT request.");
+        assert_eq!(fault("PUT", "/drives", "{}"), "The ID cannot be empty.");
+        assert_eq!(
+            fault("PUT", "/drives/a-b", "{}"),
+            "API Resource IDs can only contain alphanumeric characters and underscores."
+        );
+        let drive = r#"{"drive_id":"a","path_on_host":"/x","is_root_device":false}"#;
+        assert_eq!(
+            fault("PUT", "/drives/b", drive),
+            "The id from the path does not match the id from the body!"
+        );
+        assert!(fault("PUT", "/actions", r#"{"action_type":"Halt"}"#).starts_with(
+            "An error occurred when deserializing the json body of a request: unknown variant `Halt`"
+        ));
+        assert!(fault("PUT", "/entropy", r#"{"rate_limiter":{}}"#).contains("unknown field `rate_limiter`"));
+    }
+}
