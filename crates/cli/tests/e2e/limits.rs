@@ -1,0 +1,50 @@
+//! Limits: of memory, processes and CPUs.
+
+use crate::world::world;
+
+#[test]
+fn too_much_memory_ends_with_137_and_is_told() {
+    let world = world!();
+    let name = "e2e-oom";
+    let _ = world.run(["rm", "-f", name]);
+    let eat = "a=xxxxxxxxxxxxxxxx; while :; do a=$a$a; done";
+    let ran = world.run(["run", "--name", name, "-m", "48m", "busybox", "sh", "-c", eat]);
+    assert_eq!(ran.code, 137, "{}", ran.stderr);
+    let told = world.inspect(name);
+    assert_eq!(told["exit"]["oom"], true, "{told}");
+    assert!(world.ok(["ps", "-a"]).contains("out of memory"));
+    world.ok(["rm", name]);
+}
+
+#[test]
+fn forks_without_end_hit_the_limit_and_nobody_else() {
+    let world = world!();
+    let container =
+        world.container("e2e-forks", &["--pids-limit", "32"], &["sh", "-c", "while :; do sleep 99 & done"]);
+    let stats = || -> serde_json::Value {
+        serde_json::from_str(&world.ok(["stats", "--no-stream", "--json", container.name])).expect("JSON")
+    };
+    crate::world::eventually("the limit is reached", || {
+        stats()[0]["pids"].as_u64().is_some_and(|pids| pids >= 31)
+    });
+    assert!(stats()[0]["pids"].as_u64().is_some_and(|pids| pids <= 32));
+    world.ok(["rm", "-f", container.name]);
+}
+
+#[test]
+fn cpus_and_ulimits() {
+    let world = world!();
+    let ran = world.run([
+        "run",
+        "--rm",
+        "--cpus",
+        "2",
+        "--ulimit",
+        "nofile=77:88",
+        "busybox",
+        "sh",
+        "-c",
+        "nproc; ulimit -n; ulimit -Hn",
+    ]);
+    assert_eq!(ran.text(), "2\n77\n88\n", "{}", ran.stderr);
+}

@@ -1,0 +1,233 @@
+//! What all tests share: the programs, one data root with one image and one template, and how kapsel is called.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use kapsel_testkit::TarBuilder;
+
+/// No single step of a test takes longer, also on a busy machine without KVM.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The programs and the data root.
+pub struct World {
+    kapsel: PathBuf,
+    root: PathBuf,
+    /// Keeps other runs of these tests away from the root.
+    _lock: File,
+}
+
+/// The world, or `None` after saying why there is none.
+pub fn shared() -> Option<&'static World> {
+    static WORLD: OnceLock<Result<World, String>> = OnceLock::new();
+    match WORLD.get_or_init(World::make) {
+        Ok(world) => Some(world),
+        Err(why) => {
+            println!("skipped: {why}");
+            None
+        }
+    }
+}
+
+/// Gives the world to a test, or leaves the test.
+macro_rules! world {
+    () => {
+        match crate::world::shared() {
+            Some(world) => world,
+            None => return,
+        }
+    };
+}
+pub(crate) use world;
+
+impl World {
+    fn make() -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("needs root".into());
+        }
+        let kapsel = match std::env::var_os("KAPSEL_BIN_DIR") {
+            Some(dir) => PathBuf::from(dir).join("kapsel"),
+            None => PathBuf::from(env!("CARGO_BIN_EXE_kapsel")),
+        };
+        let beside = kapsel.parent().unwrap_or(Path::new("/"));
+        for program in ["containerd-shim-kapsel-v2", "kapsel-fsd", "guest/kapsel-agent"] {
+            if !beside.join(program).exists() {
+                return Err(format!("{} is not built", beside.join(program).display()));
+            }
+        }
+        if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
+            return Err("needs QEMU (qemu-system-x86)".into());
+        }
+        let Some(image) = rootfs() else { return Err("needs /bin/busybox (busybox-static)".into()) };
+
+        // One place for all runs, so that kernel and template are made once; short, since sockets are in it.
+        let root = PathBuf::from("/tmp/kapsel-e2e");
+        fs::create_dir_all(&root).map_err(|error| format!("{}: {error}", root.display()))?;
+        let lock = File::create(root.join("lock")).map_err(|error| error.to_string())?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+            .map_err(|error| error.to_string())?;
+        let world = World { kapsel, root, _lock: lock };
+        world.prepare(&image);
+        Ok(world)
+    }
+
+    /// Clears away what an earlier, killed run left, imports the image, and makes the template.
+    fn prepare(&self, image: &[u8]) {
+        let left = self.ok(["ps", "-aq"]);
+        let left: Vec<&str> = ["rm", "-f"].into_iter().chain(left.lines()).collect();
+        if left.len() > 2 {
+            self.ok(left);
+        }
+        let tar = self.root.join("busybox.tar");
+        fs::write(&tar, image).expect("an archive");
+        self.ok([OsStr::new("import"), "busybox".as_ref(), tar.as_os_str(), "--cmd".as_ref(), "sh".as_ref()]);
+        let built = self.command(["template", "build"]).output().expect("kapsel starts");
+        assert!(built.status.success(), "no template: {}", String::from_utf8_lossy(&built.stderr));
+    }
+
+    /// kapsel with arguments, on the shared root, without a terminal and without input.
+    pub fn command(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+        let mut command = Command::new(&self.kapsel);
+        command.args(args).env("KAPSEL_ROOT", &self.root).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs kapsel to its end.
+    pub fn run(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Ran {
+        finish(
+            self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("kapsel starts"),
+        )
+    }
+
+    /// Runs kapsel to its end with this on standard input.
+    pub fn run_with(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>, input: &[u8]) -> Ran {
+        let mut command = self.command(args);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kapsel starts");
+        let mut stdin = child.stdin.take().expect("a pipe");
+        std::thread::scope(|scope| {
+            // A command that does not read all of it is no failure of the test.
+            scope.spawn(move || drop(stdin.write_all(input)));
+            finish(child)
+        })
+    }
+
+    /// Runs kapsel, which must succeed, and gives what it printed.
+    pub fn ok(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> String {
+        let ran = self.run(args);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        ran.text()
+    }
+
+    /// A container that runs `command` in the background under a name of the test's own; it goes with the value.
+    pub fn container(&'static self, name: &'static str, flags: &[&str], command: &[&str]) -> Container {
+        let _ = self.run(["rm", "-f", name]);
+        let args = [&["run", "-d", "--name", name][..], flags, &["busybox"], command].concat();
+        self.ok(args);
+        Container { world: self, name }
+    }
+
+    /// What `inspect` says of a container.
+    pub fn inspect(&self, name: &str) -> serde_json::Value {
+        let found: serde_json::Value = serde_json::from_str(&self.ok(["inspect", name])).expect("JSON");
+        found[0].clone()
+    }
+
+    /// The ids of all containers, those that ended too.
+    pub fn ids(&self) -> Vec<String> {
+        self.ok(["ps", "-aq"]).lines().map(str::to_owned).collect()
+    }
+
+    /// Where sandboxes' directories are.
+    pub fn sandboxes(&self) -> PathBuf {
+        self.root.join("run/sandboxes")
+    }
+}
+
+/// A container in the background.
+pub struct Container {
+    world: &'static World,
+    pub name: &'static str,
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = self.world.run(["rm", "-f", self.name]);
+    }
+}
+
+/// A kapsel that ended.
+pub struct Ran {
+    pub code: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Ran {
+    /// Standard output as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}
+
+fn finish(child: Child) -> Ran {
+    let id = child.id();
+    let (done, waited) = std::sync::mpsc::channel::<()>();
+    // A kapsel that hangs fails the test, not the whole run.
+    let watchdog = std::thread::spawn(move || {
+        if waited.recv_timeout(PATIENCE).is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout) {
+            kill(id, rustix::process::Signal::KILL);
+        }
+    });
+    let Output { status, stdout, stderr } = child.wait_with_output().expect("kapsel ends");
+    drop(done);
+    watchdog.join().expect("the watchdog ends");
+    let code = status.code().unwrap_or(-1);
+    Ran { code, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned() }
+}
+
+/// Sends a signal to a process of this test.
+pub fn kill(pid: u32, signal: rustix::process::Signal) {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
+/// Waits until something holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < until, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether a process is there and no zombie.
+pub fn lives(pid: u64) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+}
+
+/// Debian's busybox with the tools that the tests use, and a user beside root.
+fn rootfs() -> Option<Vec<u8>> {
+    const TOOLS: &str = "sh ls cat echo true false sleep id uname env stty dd wc md5sum hostname yes head tail kill \
+                         touch mkdir rm mount grep sed nproc free seq ps tty stat pwd printf ln date";
+    let busybox = fs::read("/bin/busybox").ok()?;
+    let mut tar = TarBuilder::new();
+    for dir in ["bin", "dev", "etc", "home", "home/joe", "proc", "root", "run", "sys", "tmp", "usr", "var"] {
+        tar = tar.dir(dir);
+    }
+    tar = tar.executable("bin/busybox", busybox).file("etc/notes", "not a program\n");
+    for tool in TOOLS.split_whitespace() {
+        tar = tar.symlink(format!("bin/{tool}"), "busybox");
+    }
+    let passwd = "root:x:0:0:root:/root:/bin/sh\njoe:x:1000:1000:Joe:/home/joe:/bin/sh\n";
+    let group = "root:x:0:\njoe:x:1000:\nusers:x:100:joe\n";
+    Some(tar.file("etc/passwd", passwd).file("etc/group", group).build())
+}
