@@ -27,6 +27,19 @@ pub(crate) fn vmlinux(bytes: &[u8]) -> Result<Vec<u8>, String> {
     Ok(kernel)
 }
 
+/// What the kernel calls itself: the word after `Linux version ` in its banner.
+pub(crate) fn release(vmlinux: &[u8]) -> Option<String> {
+    const BANNER: &[u8] = b"Linux version ";
+    let after = |at: usize| {
+        let word = vmlinux[at + BANNER.len()..].split(|byte| *byte == b' ').next()?;
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b".+-_~".contains(byte);
+        (!word.is_empty() && word.len() <= 64 && word.iter().all(plain))
+            .then(|| String::from_utf8_lossy(word).into_owned())
+    };
+    let starts = vmlinux.windows(BANNER.len()).enumerate().filter(|(_, window)| *window == BANNER);
+    starts.filter_map(|(at, _)| after(at)).next()
+}
+
 fn is_elf(bytes: &[u8]) -> bool {
     // 64 bit, little endian, machine x86-64.
     bytes.starts_with(b"\x7fELF\x02\x01") && bytes.get(18..20) == Some(&[62, 0])

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -42,6 +42,11 @@ impl Initramfs {
         let file = tempfile::NamedTempFile::new_in(&dir);
         let mut file = file.context(|| format!("cannot create a file in {}", dir.display()))?;
         write(agent, kernel, file.as_file_mut())?;
+        // The monitor reads it under another user.
+        let readable = fs::Permissions::from_mode(0o644);
+        file.as_file()
+            .set_permissions(readable)
+            .context(|| format!("cannot set the mode of {}", path.display()))?;
         file.as_file().sync_all().context(|| format!("cannot write {}", path.display()))?;
         file.persist(&path)
             .map_err(|error| error.error)

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ pub enum KernelSource {
 pub struct Kernel {
     /// The ELF file.
     pub vmlinux: PathBuf,
-    /// What `uname -r` says in the guest; for a kernel given by path, its file name.
+    /// What `uname -r` says in the guest.
     pub release: String,
     /// The modules that the guest needs, in the order to load them in.
     pub modules: Vec<PathBuf>,
@@ -62,6 +62,28 @@ impl Kernel {
             KernelSource::Path(path) => from_path(&dir, path, progress),
         }
     }
+}
+
+impl Kernel {
+    /// The kernel of `source` if it is in the cache below `data_dir`; never fetches or extracts.
+    ///
+    /// # Errors
+    /// [`Error::Newer`], and when the file of [`KernelSource::Path`] cannot be looked at.
+    pub fn cached(data_dir: &Path, source: &KernelSource) -> Result<Option<Kernel>> {
+        let dir = data_dir.join("kernels");
+        match source {
+            KernelSource::Debian => newest_cached(&dir),
+            KernelSource::Path(path) => cached(&own_entry(&dir, path)?),
+        }
+    }
+}
+
+/// Where a kernel that was given by path is cached.
+fn own_entry(dir: &Path, path: &Path) -> Result<PathBuf> {
+    let meta = fs::metadata(path).context(|| format!("cannot read the kernel {}", path.display()))?;
+    let identity =
+        format!("{}\0{} {} {}.{}", path.display(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec());
+    Ok(dir.join(format!("own-{}", hex::encode(&Sha256::digest(identity)[..8]))))
 }
 
 /// Reads a cache entry. `None` when there is none.
@@ -119,14 +141,11 @@ fn fetch(dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Kernel> {
         })
         .ok_or_else(|| Error::BadKernel { path: deb, what: "the package has no boot/vmlinuz".into() })?;
     let modules = modules::needed(&unpacked.join("lib/modules").join(&release), &release)?;
-    store(&dir.join(format!("{}_{}", package.name, package.version)), &vmlinuz, &release, modules)
+    store(&dir.join(format!("{}_{}", package.name, package.version)), &vmlinuz, Some(&release), modules)
 }
 
 fn from_path(dir: &Path, path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Kernel> {
-    let meta = fs::metadata(path).context(|| format!("cannot read the kernel {}", path.display()))?;
-    let identity =
-        format!("{}\0{} {} {}.{}", path.display(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec());
-    let entry = dir.join(format!("own-{}", hex::encode(&Sha256::digest(identity)[..8])));
+    let entry = own_entry(dir, path)?;
     if let Some(kernel) = cached(&entry)? {
         return Ok(kernel);
     }
@@ -135,8 +154,7 @@ fn from_path(dir: &Path, path: &Path, progress: &mut dyn FnMut(Progress)) -> Res
         return Ok(kernel);
     }
     progress(Progress::Extracting);
-    let release = path.file_name().unwrap_or_default().to_string_lossy();
-    store(&entry, path, &release, Vec::new())
+    store(&entry, path, None, Vec::new())
 }
 
 fn work_dir(dir: &Path) -> Result<tempfile::TempDir> {
@@ -147,14 +165,22 @@ fn work_dir(dir: &Path) -> Result<tempfile::TempDir> {
 }
 
 /// Makes the cache entry under a temporary name, and renames it: it is there completely or not at all.
-fn store(entry: &Path, image: &Path, release: &str, modules: Vec<modules::Module>) -> Result<Kernel> {
+fn store(entry: &Path, image: &Path, release: Option<&str>, modules: Vec<modules::Module>) -> Result<Kernel> {
     let bytes = fs::read(image).context(|| format!("cannot read {}", image.display()))?;
     let vmlinux = image::vmlinux(&bytes).map_err(|what| Error::BadKernel { path: image.to_owned(), what })?;
+    let release = match release {
+        Some(release) => release.to_owned(),
+        None => image::release(&vmlinux).unwrap_or_else(|| "unknown".into()),
+    };
     let work = work_dir(entry.parent().unwrap_or(Path::new(".")))?;
     let write = |name: &Path, bytes: &[u8]| {
         let path = work.path().join(name);
-        let written =
-            fs::File::create(&path).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+        let written = fs::File::create(&path).and_then(|mut file| {
+            // The monitor reads it under another user.
+            file.set_permissions(fs::Permissions::from_mode(0o644))?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        });
         written.context(|| format!("cannot write {}", path.display()))
     };
     let dir = work.path().join("modules");
@@ -166,7 +192,7 @@ fn store(entry: &Path, image: &Path, release: &str, modules: Vec<modules::Module
         write(&Path::new("modules").join(&name), &module.bytes)?;
         names.push(name);
     }
-    let meta = Meta { version: FORMAT, release: release.to_owned(), modules: names };
+    let meta = Meta { version: FORMAT, release, modules: names };
     write(
         Path::new("meta.json"),
         &serde_json::to_vec_pretty(&meta).map_err(std::io::Error::from).context(|| "meta.json".into())?,
@@ -190,6 +216,7 @@ mod tests {
         let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
         elf.resize(18, 0);
         elf.extend([62, 0]);
+        elf.extend(b"Linux version 6.12.1-mine (me@here) #1");
         let path = dir.join("vmlinux-mine");
         fs::write(&path, elf).unwrap();
         path
@@ -201,7 +228,9 @@ mod tests {
         let path = elf(dir.path());
         let source = KernelSource::Path(path.clone());
         let first = Kernel::ensure(dir.path(), &source, &mut |_| {}).unwrap();
-        assert_eq!(first.release, "vmlinux-mine");
+        assert_eq!(first.release, "6.12.1-mine");
+        assert_eq!(Kernel::cached(dir.path(), &source).unwrap(), Some(first.clone()));
+        assert_eq!(Kernel::cached(dir.path(), &KernelSource::Debian).unwrap(), None);
         let mut asked = false;
         assert_eq!(Kernel::ensure(dir.path(), &source, &mut |_| asked = true).unwrap(), first);
         assert!(!asked);

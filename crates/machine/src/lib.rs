@@ -6,6 +6,7 @@
 
 mod console;
 mod error;
+pub mod probe;
 mod qemu;
 mod spec;
 mod types;

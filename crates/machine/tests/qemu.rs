@@ -50,9 +50,6 @@ static GUEST: LazyLock<Result<Guest, String>> = LazyLock::new(|| {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let agent = target.join("release/examples/guest-agent");
     let initramfs = Initramfs::build(&data, &agent, &kernel).map_err(|error| error.to_string())?;
-    for path in [&kernel.vmlinux, &initramfs] {
-        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
-    }
     Ok(Guest { kernel: kernel.vmlinux, initramfs })
 });
 
