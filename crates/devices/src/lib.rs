@@ -10,6 +10,7 @@
 //! Devices never block on the guest and have no threads: the monitor's event loop tells them what happened
 //! ([`Device::handle`]).
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 mod interrupt;

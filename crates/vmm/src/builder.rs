@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use kapsel_devices::mmio::{Transport, register};
-use kapsel_devices::{Device, Memory, block, rng, vsock};
+use kapsel_devices::{Device, Memory, balloon, block, rng, vsock};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -14,7 +14,7 @@ use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
 use crate::config::{CacheType, Config};
 use crate::console::Console;
 use crate::kernel;
-use crate::machine::{Disk, Machine};
+use crate::machine::{Disk, Handles, Machine, SharedBalloon};
 use crate::memory;
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
@@ -75,7 +75,7 @@ pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machi
     let vm = create_vm(&kvm, &memory)?;
 
     let (console, drained) = create_console(&vm, output)?;
-    let Slots { slots, places, disks, .. } = create_devices(&vm, &memory, config)?;
+    let Slots { slots, places, disks, balloon, .. } = create_devices(&vm, &memory, config)?;
     let stop = Stop::new(event()?);
     let bus = Arc::new(Bus { console: Mutex::new(console), slots, stop, exits: Exits::default() });
 
@@ -90,7 +90,7 @@ pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machi
         processor::point_at(first, &memory, &kernel)?;
     }
     let processors = Processors::start(vcpus, &bus)?;
-    Ok(Machine::new(processors, bus, disks, drained, vm, memory)?)
+    Ok(Machine::new(processors, bus, Handles { disks, balloon }, drained, vm, memory)?)
 }
 
 fn open_kvm() -> Result<Kvm, Error> {
@@ -132,7 +132,8 @@ fn create_console(vm: &VmFd, output: Box<dyn io::Write + Send>) -> Result<(Conso
 }
 
 fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Result<Slots<'a>, Error> {
-    let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new(), disks: Vec::new() };
+    let mut slots =
+        Slots { vm, memory, slots: Vec::new(), places: Vec::new(), disks: Vec::new(), balloon: None };
     for drive in config.ordered_drives() {
         let disk = slots.plug(block::Block::new(block::Config {
             serial: drive.drive_id.clone(),
@@ -144,6 +145,14 @@ fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Resu
     }
     if let Some(vsock) = &config.vsock {
         slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?)?;
+    }
+    if let Some(wanted) = config.balloon {
+        let config = balloon::Config {
+            mib: wanted.amount_mib,
+            deflate_on_oom: wanted.deflate_on_oom,
+            reporting: wanted.free_page_reporting,
+        };
+        slots.balloon = Some(slots.plug(balloon::Balloon::new(config))?);
     }
     if config.entropy.is_some() {
         slots.plug(rng::Rng::new())?;
@@ -157,6 +166,7 @@ struct Slots<'a> {
     slots: Vec<SharedSlot>,
     places: Vec<Place>,
     disks: Vec<Disk>,
+    balloon: Option<SharedBalloon>,
 }
 
 impl Slots<'_> {

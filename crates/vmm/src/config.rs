@@ -32,6 +32,9 @@ pub struct Config {
     /// Sockets between guest and host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// The memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
     /// The entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
@@ -142,6 +145,27 @@ pub struct Vsock {
     pub uds_path: PathBuf,
 }
 
+/// The memory balloon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// How large it shall be, in MiB.
+    pub amount_mib: u32,
+    /// The guest takes pages back rather than run out of memory.
+    pub deflate_on_oom: bool,
+    /// The guest gives free pages back at all times.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+/// Another size for the balloon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonUpdate {
+    /// How large it shall be, in MiB.
+    pub amount_mib: u32,
+}
+
 /// The entropy device has no settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -164,6 +188,9 @@ pub enum Error {
     /// A setting of Firecracker's with one possible value here.
     #[error("{0} can only be false")]
     Unsupported(&'static str),
+    /// The balloon.
+    #[error("the balloon cannot be larger (amount_mib: {0}) than the memory of {1} MiB")]
+    Balloon(u32, u64),
     /// Names of disks.
     #[error("the drive_id {0:?} is used twice, or is not made of letters, digits and underscores")]
     DriveId(String),
@@ -199,6 +226,11 @@ impl Config {
         let odd = huge_pages == HugePages::TwoMegabytes && mem_size_mib % 2 != 0;
         if !(1..=MEMORY_MAX_MIB).contains(&mem_size_mib) || odd {
             return Err(Error::Memory(mem_size_mib));
+        }
+        if let Some(balloon) = self.balloon
+            && u64::from(balloon.amount_mib) > mem_size_mib
+        {
+            return Err(Error::Balloon(balloon.amount_mib, mem_size_mib));
         }
         let mut root: Option<&Drive> = None;
         for (index, drive) in self.drives.iter().enumerate() {
@@ -274,6 +306,7 @@ mod tests {
             r#","machine-config":{"vcpu_count":1,"mem_size_mib":65537}"#.to_owned(),
             r#","machine-config":{"vcpu_count":1,"mem_size_mib":129,"huge_pages":"2M"}"#.to_owned(),
             r#","machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":true}"#.to_owned(),
+            r#","balloon":{"amount_mib":129,"deflate_on_oom":true}"#.to_owned(),
             r#","network-interfaces":[]"#.to_owned(),
             r#","entropy":{"rate_limiter":{}}"#.to_owned(),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("b", true)),

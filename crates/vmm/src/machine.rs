@@ -4,6 +4,7 @@ use std::io::{self, Stdin};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use kapsel_devices::balloon::Balloon;
 use kapsel_devices::block::{self, Block};
 use kapsel_devices::mmio::Transport;
 use kvm_ioctls::VmFd;
@@ -17,6 +18,14 @@ use crate::vcpu::Processors;
 
 pub use crate::bus::{End, Exits};
 
+/// Devices that can be changed while the machine runs.
+pub(crate) struct Handles {
+    pub disks: Vec<Disk>,
+    pub balloon: Option<SharedBalloon>,
+}
+
+/// The balloon.
+pub(crate) type SharedBalloon = Arc<Mutex<Transport<Balloon>>>;
 /// A disk by its name.
 pub(crate) type Disk = (String, Arc<Mutex<Transport<Block>>>);
 
@@ -27,7 +36,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     events: Events,
     input: Option<Input>,
-    disks: Vec<Disk>,
+    handles: Handles,
     api: Option<(Server, Running)>,
     _vm: VmFd,
     _memory: kapsel_devices::Memory,
@@ -44,7 +53,7 @@ impl Machine {
     pub(crate) fn new(
         processors: Processors,
         bus: Arc<Bus>,
-        disks: Vec<Disk>,
+        handles: Handles,
         drained: EventFd,
         vm: VmFd,
         memory: kapsel_devices::Memory,
@@ -61,7 +70,7 @@ impl Machine {
             }
         }
         let mut machine =
-            Machine { processors, bus, events, input: None, disks, api: None, _vm: vm, _memory: memory };
+            Machine { processors, bus, events, input: None, handles, api: None, _vm: vm, _memory: memory };
         machine.watch_input(drained)?;
         Ok(machine)
     }
@@ -101,8 +110,15 @@ impl Machine {
     /// # Errors
     /// When the file cannot be used; the disk stays as it was.
     pub fn replace_disk(&self, name: &str, path: &Path) -> Result<(), block::Error> {
-        let disk = self.disks.iter().find(|(other, _)| other == name);
+        let disk = self.handles.disks.iter().find(|(other, _)| other == name);
         disk.map_or(Ok(()), |(_, disk)| lock(disk).reconfigure(|block| block.replace(path)))
+    }
+
+    /// Tells the guest how large its balloon shall be, in MiB. A machine without one does not change.
+    pub fn resize_balloon(&self, mib: u32) {
+        if let Some(balloon) = &self.handles.balloon {
+            lock(balloon).reconfigure(|balloon| balloon.resize(mib));
+        }
     }
 
     /// Runs the machine until it ends.

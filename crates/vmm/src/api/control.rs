@@ -41,6 +41,9 @@ pub enum Fault {
     /// The disk's new file cannot be used.
     #[error("Unable to patch the block device: {0}")]
     Drive(#[from] kapsel_devices::block::Error),
+    /// There is no balloon.
+    #[error("No balloon device found.")]
+    NoBalloon,
     /// The machine has ended.
     #[error("the machine has ended")]
     Ended,
@@ -115,9 +118,15 @@ impl PreBoot {
             Request::PutMachineConfig(machine) => config.machine_config = machine,
             Request::PatchMachineConfig(update) => update.apply(&mut config.machine_config),
             Request::PutDrive(drive) => put_drive(&mut config.drives, drive),
+            Request::GetBalloon => return config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
+            Request::PutBalloon(balloon) => config.balloon = Some(balloon),
             Request::PutVsock(vsock) => config.vsock = Some(vsock),
             Request::PutEntropy(entropy) => config.entropy = Some(entropy),
-            Request::PatchDrive(_) | Request::Pause | Request::Resume | Request::Start => {
+            Request::PatchDrive(_)
+            | Request::PatchBalloon(_)
+            | Request::Pause
+            | Request::Resume
+            | Request::Start => {
                 return Err(Fault::BeforeStart);
             }
         }
@@ -161,10 +170,20 @@ impl Running {
                 drive.path_on_host = update.path_on_host;
                 Ok(Answer::Done)
             }
+            Request::GetBalloon => self.config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
+            Request::PatchBalloon(update) => {
+                let mut config = self.config.clone();
+                config.balloon.as_mut().ok_or(Fault::NoBalloon)?.amount_mib = update.amount_mib;
+                config.check()?;
+                machine.resize_balloon(update.amount_mib);
+                self.config = config;
+                Ok(Answer::Done)
+            }
             Request::PutBootSource(_)
             | Request::PutMachineConfig(_)
             | Request::PatchMachineConfig(_)
             | Request::PutDrive(_)
+            | Request::PutBalloon(_)
             | Request::PutVsock(_)
             | Request::PutEntropy(_)
             | Request::Start => Err(Fault::AfterStart),

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::config::{BootSource, Drive, Entropy, MachineConfig, MachineConfigUpdate, Vsock};
+use crate::config::{
+    Balloon, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig, MachineConfigUpdate, Vsock,
+};
 
 /// Something that the API can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +27,12 @@ pub enum Request {
     PutDrive(Drive),
     /// Continues a disk with another file.
     PatchDrive(DriveUpdate),
+    /// The balloon.
+    GetBalloon,
+    /// Adds a balloon.
+    PutBalloon(Balloon),
+    /// Gives it another size.
+    PatchBalloon(BalloonUpdate),
     /// Adds sockets.
     PutVsock(Vsock),
     /// Adds the entropy device.
@@ -119,6 +127,9 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
         ("PUT", "boot-source", None) => Ok(Request::PutBootSource(serde_json::from_slice(body)?)),
         ("PUT", "machine-config", None) => Ok(Request::PutMachineConfig(serde_json::from_slice(body)?)),
         ("PATCH", "machine-config", None) => Ok(Request::PatchMachineConfig(serde_json::from_slice(body)?)),
+        ("GET", "balloon", None) => Ok(Request::GetBalloon),
+        ("PUT", "balloon", None) => Ok(Request::PutBalloon(serde_json::from_slice(body)?)),
+        ("PATCH", "balloon", None) => Ok(Request::PatchBalloon(serde_json::from_slice(body)?)),
         ("PUT", "vsock", None) => Ok(Request::PutVsock(serde_json::from_slice(body)?)),
         ("PUT", "entropy", None) => Ok(Request::PutEntropy(serde_json::from_slice(body)?)),
         ("PUT", "drives", name) => {

@@ -141,6 +141,8 @@ pub fn life() -> Result<(), Failed> {
     let mut client = Client::connect(&socket)?;
     put_together(&mut client, &files, &small)?;
     client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
+    console.wait(0)?;
+    free_memory_comes_back(monitor.0.id())?;
     change(&mut client, &console, &large)?;
     reader.join().expect("the reader does not panic");
     let text = console.text.lock().expect("no reader panics").clone();
@@ -165,8 +167,35 @@ fn put_together(client: &mut Client, files: &Files, disk: &Path) -> Result<(), F
     client.done("PUT", "/machine-config", &json!({"vcpu_count": 2, "mem_size_mib": 256, "smt": false}))?;
     let drive = |path: &Path| json!({"drive_id": "data", "path_on_host": path, "is_root_device": false});
     client.done("PUT", "/drives/data", &drive(Path::new("/nonexistent")))?;
+    client.refused("GET", "/balloon", &Value::Null, "No balloon device")?;
+    client.refused(
+        "PUT",
+        "/balloon",
+        &json!({"amount_mib": 257, "deflate_on_oom": false}),
+        "cannot be larger",
+    )?;
+    let balloon = json!({"amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true});
+    client.done("PUT", "/balloon", &balloon)?;
     client.refused("PUT", "/actions", &start, "cannot open the disk /nonexistent")?;
     client.done("PUT", "/drives/data", &drive(disk))
+}
+
+/// The monitor's memory shrinks when the guest has freed some, without anybody asking.
+fn free_memory_comes_back(monitor: u32) -> Result<(), Failed> {
+    let resident_mib = || -> io::Result<usize> {
+        let status = fs::read_to_string(format!("/proc/{monitor}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        Ok(line.and_then(|kib| kib.parse::<usize>().ok()).unwrap_or(0) / 1024)
+    };
+    let (before, started) = (resident_mib()?, Instant::now());
+    // The rest may be in pieces that are too small to be reported.
+    while resident_mib()? + guest::FREED_MIB / 2 > before {
+        if started.elapsed() > Duration::from_secs(60) {
+            return Err(format!("the monitor had {before} MiB and still has {}", resident_mib()?).into());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// Pauses and resumes the guest, then gives it the disk that it waits for.
@@ -185,5 +214,6 @@ fn change(client: &mut Client, console: &Console, disk: &Path) -> Result<(), Fai
     console.wait(paused)?;
     let update = |path: &Path| json!({"drive_id": "data", "path_on_host": path});
     client.refused("PATCH", "/drives/data", &update(Path::new("/nonexistent")), "cannot open the disk")?;
-    client.done("PATCH", "/drives/data", &update(disk))
+    client.done("PATCH", "/drives/data", &update(disk))?;
+    client.done("PATCH", "/balloon", &json!({"amount_mib": guest::BALLOON_MIB}))
 }

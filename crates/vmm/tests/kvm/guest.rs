@@ -23,6 +23,10 @@ pub const READY: &str = "the guest listens";
 pub const TICK: &str = "tick";
 /// The size that the disk grows to.
 pub const LARGE_SECTORS: usize = 128;
+/// How much memory the guest uses for a moment.
+pub const FREED_MIB: usize = 96;
+/// How much memory the balloon takes.
+pub const BALLOON_MIB: usize = 32;
 /// Where the host listens.
 pub const HOST_PORT: u32 = 1024;
 /// Where the guest listens.
@@ -180,9 +184,21 @@ fn answer(listener: &fs::File) -> io::Result<()> {
     Ok(())
 }
 
+/// Ticks until the disk has grown and the balloon has taken memory away.
 fn ticks() -> io::Result<()> {
+    let memory_mib = || -> io::Result<usize> {
+        let text = fs::read_to_string("/proc/meminfo")?;
+        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+        total
+            .and_then(|kib| kib.parse::<usize>().ok())
+            .map(|kib| kib / 1024)
+            .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    };
+    let before = memory_mib()?;
+    // Touched and free again, to be reported to the host.
+    drop(std::hint::black_box(vec![1u8; FREED_MIB << 20]));
     let size = || fs::read_to_string("/sys/block/vda/size").map(|size| size.trim().to_owned());
-    while size()? != LARGE_SECTORS.to_string() {
+    while size()? != LARGE_SECTORS.to_string() || before.saturating_sub(memory_mib()?) < BALLOON_MIB {
         println!("{TICK}");
         std::thread::sleep(std::time::Duration::from_millis(100));
     }

@@ -16,8 +16,9 @@ use crate::guest;
 
 const VMM: &str = env!("CARGO_BIN_EXE_kapsel-vmm");
 /// Modules of the guest in the order of their dependencies.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "drivers/virtio/virtio_mmio",
+    "drivers/virtio/virtio_balloon",
     "drivers/block/virtio_blk",
     "drivers/char/hw_random/virtio-rng",
     "net/vmw_vsock/vsock",
