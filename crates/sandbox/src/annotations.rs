@@ -65,7 +65,11 @@ impl Wishes {
         spec.annotations().as_ref().map_or_else(|| Ok(Self::default()), Self::parse)
     }
 
-    fn parse(annotations: &HashMap<String, String>) -> Result<Self, Error> {
+    /// Reads annotations.
+    ///
+    /// # Errors
+    /// When one of ours is unknown or has a value that does not fit.
+    pub fn parse(annotations: &HashMap<String, String>) -> Result<Self, Error> {
         let mut wishes = Self::default();
         for (key, value) in annotations.iter().filter(|(key, _)| key.starts_with(PREFIX)) {
             let bad = |expected: String| Error::BadValue { key: key.clone(), value: value.clone(), expected };

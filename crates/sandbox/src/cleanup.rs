@@ -17,6 +17,9 @@ use crate::{
 /// A bundle without a shim is left alone for so long: its maker may be about to start one.
 const BIRTH: Duration = Duration::from_secs(60);
 
+/// How long the processes of a cgroup may take to be gone once they are killed.
+const EMPTY_CGROUP: Duration = Duration::from_secs(5);
+
 /// What was found and done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -91,6 +94,11 @@ fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
 /// When something cannot be freed.
 pub fn resources(bundle: &Bundle) -> Result<(), Error> {
     unmount_below(bundle.dir()).map_err(|source| failed("unmount below", bundle.dir(), source))?;
+    let name = bundle.dir().file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    if let Ok(Some(cgroup)) = kapsel_jail::Cgroup::open(name) {
+        let removed = cgroup.remove(EMPTY_CGROUP).map_err(io::Error::other);
+        removed.map_err(|source| failed("remove the cgroup of", bundle.dir(), source))?;
+    }
 
     for path in [bundle.shim_socket(), bundle.attach_socket()] {
         absent(fs::remove_file(&path)).map_err(|source| failed("remove", &path, source))?;
@@ -148,4 +156,70 @@ fn mount_points(table: &str) -> impl Iterator<Item = PathBuf> {
         }
         PathBuf::from(std::ffi::OsString::from_vec(bytes))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        paths::{Id, Paths},
+        record::Exit,
+    };
+
+    fn registry() -> (tempfile::TempDir, Registry) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(&Paths::discover(Some(dir.path())).unwrap()).unwrap();
+        (dir, registry)
+    }
+
+    /// A sandbox as a killed shim leaves it.
+    fn lost_sandbox(registry: &Registry, name: &str, remove: bool) -> Bundle {
+        let mut record = Record::new(Id::random(), name.into(), vec![]);
+        record.status = Status::Running;
+        record.remove = remove;
+        let bundle = registry.create(&mut record).unwrap();
+        drop(owner::claim(&bundle).unwrap().unwrap());
+        std::os::unix::net::UnixListener::bind(bundle.shim_socket()).unwrap();
+        std::os::unix::net::UnixListener::bind(bundle.attach_socket()).unwrap();
+        fs::create_dir(bundle.machine_dir()).unwrap();
+        std::os::unix::net::UnixListener::bind(bundle.machine_dir().join("qmp.sock")).unwrap();
+        bundle
+    }
+
+    #[test]
+    fn the_lost_are_cleared_and_their_end_is_recorded() {
+        let (_dir, registry) = registry();
+        let kept = lost_sandbox(&registry, "kept", false);
+        let gone = lost_sandbox(&registry, "gone", true);
+        let report = sweep(&registry).unwrap();
+        assert_eq!(report.lost.len(), 2);
+        assert_eq!(report.removed, [gone.dir()]);
+        assert!(!gone.dir().exists());
+        for left in [kept.shim_socket(), kept.attach_socket(), kept.machine_dir()] {
+            assert!(!left.exists(), "{}", left.display());
+        }
+        let record = Record::read(&kept).unwrap();
+        assert_eq!(record.status, Status::Exited);
+        assert!(matches!(record.exit, Some(Exit { code: 255, reason: Some(_), .. })));
+        assert_eq!(registry.resolve("kept").unwrap(), kept);
+        assert!(registry.resolve("gone").is_err());
+        assert_eq!(sweep(&registry).unwrap(), Report::default(), "the second time there is nothing to do");
+    }
+
+    #[test]
+    fn the_living_and_the_newborn_are_left_alone() {
+        let (_dir, registry) = registry();
+        let living = lost_sandbox(&registry, "living", true);
+        let _shim = owner::claim(&living).unwrap().unwrap();
+        let newborn = registry.create(&mut Record::new(Id::random(), "newborn".into(), vec![])).unwrap();
+        assert_eq!(sweep(&registry).unwrap(), Report::default());
+        assert!(living.machine_dir().exists() && newborn.dir().exists());
+    }
+
+    #[test]
+    fn mount_points_with_spaces_are_read() {
+        let table = "36 35 98:0 /mnt1 /mnt\\040two\\134x rw,noatime - ext3 /dev/root rw\n";
+        let table = table.replace("\\\\", "\\");
+        assert_eq!(mount_points(&table).collect::<Vec<_>>(), [PathBuf::from("/mnt two\\x")]);
+    }
 }

@@ -20,6 +20,9 @@ use crate::paths::{Bundle, Id};
 /// For calls that the shim can answer without its guest, or with a guest that is well.
 pub const CALL: Duration = Duration::from_secs(20);
 
+/// How much longer than the caller the shim itself waits, so that it is the caller who gives up first.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// A type name as containerd gives it to an OCI process.
 pub const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// A type name as containerd gives it to OCI resources.
@@ -244,7 +247,7 @@ impl Client {
             stderr: io.stderr.clone(),
             ..Default::default()
         };
-        self.call("Create", deadline, self.task.create(context::with_duration(deadline), &request))
+        self.call("Create", deadline, self.task.create(context::with_duration(deadline + GRACE), &request))
             .await
             .map(drop)
     }
@@ -256,7 +259,8 @@ impl Client {
     pub async fn start(&self, exec_id: &str) -> Result<u32, Error> {
         let request =
             api::StartRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() };
-        let reply = self.call("Start", CALL, self.task.start(context::with_duration(CALL), &request)).await?;
+        let reply =
+            self.call("Start", CALL, self.task.start(context::with_duration(CALL + GRACE), &request)).await?;
         Ok(reply.pid)
     }
 
@@ -287,7 +291,9 @@ impl Client {
             spec: MessageField::some(Any { type_url: PROCESS_TYPE.into(), value, ..Default::default() }),
             ..Default::default()
         };
-        self.call("Exec", CALL, self.task.exec(context::with_duration(CALL), &request)).await.map(drop)
+        self.call("Exec", CALL, self.task.exec(context::with_duration(CALL + GRACE), &request))
+            .await
+            .map(drop)
     }
 
     /// Sends a signal to one process, or to all of the container.
@@ -302,7 +308,9 @@ impl Client {
             all,
             ..Default::default()
         };
-        self.call("Kill", CALL, self.task.kill(context::with_duration(CALL), &request)).await.map(drop)
+        self.call("Kill", CALL, self.task.kill(context::with_duration(CALL + GRACE), &request))
+            .await
+            .map(drop)
     }
 
     /// Tells a terminal's new size.
@@ -317,7 +325,7 @@ impl Client {
             height: rows.into(),
             ..Default::default()
         };
-        self.call("ResizePty", CALL, self.task.resize_pty(context::with_duration(CALL), &request))
+        self.call("ResizePty", CALL, self.task.resize_pty(context::with_duration(CALL + GRACE), &request))
             .await
             .map(drop)
     }
@@ -333,7 +341,9 @@ impl Client {
             stdin: true,
             ..Default::default()
         };
-        self.call("CloseIO", CALL, self.task.close_io(context::with_duration(CALL), &request)).await.map(drop)
+        self.call("CloseIO", CALL, self.task.close_io(context::with_duration(CALL + GRACE), &request))
+            .await
+            .map(drop)
     }
 
     /// Freezes the container.
@@ -342,7 +352,9 @@ impl Client {
     /// When it does not run.
     pub async fn pause(&self) -> Result<(), Error> {
         let request = api::PauseRequest { id: self.id.clone(), ..Default::default() };
-        self.call("Pause", CALL, self.task.pause(context::with_duration(CALL), &request)).await.map(drop)
+        self.call("Pause", CALL, self.task.pause(context::with_duration(CALL + GRACE), &request))
+            .await
+            .map(drop)
     }
 
     /// Thaws the container.
@@ -351,7 +363,9 @@ impl Client {
     /// When it is not paused.
     pub async fn resume(&self) -> Result<(), Error> {
         let request = api::ResumeRequest { id: self.id.clone(), ..Default::default() };
-        self.call("Resume", CALL, self.task.resume(context::with_duration(CALL), &request)).await.map(drop)
+        self.call("Resume", CALL, self.task.resume(context::with_duration(CALL + GRACE), &request))
+            .await
+            .map(drop)
     }
 
     /// Changes the container's limits.
@@ -369,7 +383,9 @@ impl Client {
             }),
             ..Default::default()
         };
-        self.call("Update", CALL, self.task.update(context::with_duration(CALL), &request)).await.map(drop)
+        self.call("Update", CALL, self.task.update(context::with_duration(CALL + GRACE), &request))
+            .await
+            .map(drop)
     }
 
     /// What the container uses, as cgroup v2 counts it in the guest.
@@ -378,7 +394,8 @@ impl Client {
     /// When the guest does not answer.
     pub async fn stats(&self) -> Result<Metrics, Error> {
         let request = api::StatsRequest { id: self.id.clone(), ..Default::default() };
-        let reply = self.call("Stats", CALL, self.task.stats(context::with_duration(CALL), &request)).await?;
+        let reply =
+            self.call("Stats", CALL, self.task.stats(context::with_duration(CALL + GRACE), &request)).await?;
         let any = reply.stats.into_option().unwrap_or_default();
         Metrics::parse_from_bytes(&any.value).map_err(|e| self.bad("Stats", e.to_string()))
     }
@@ -389,7 +406,8 @@ impl Client {
     /// When the guest does not answer.
     pub async fn pids(&self) -> Result<Vec<u32>, Error> {
         let request = api::PidsRequest { id: self.id.clone(), ..Default::default() };
-        let reply = self.call("Pids", CALL, self.task.pids(context::with_duration(CALL), &request)).await?;
+        let reply =
+            self.call("Pids", CALL, self.task.pids(context::with_duration(CALL + GRACE), &request)).await?;
         Ok(reply.processes.iter().map(|process| process.pid).collect())
     }
 
@@ -400,8 +418,9 @@ impl Client {
     pub async fn state(&self, exec_id: &str, deadline: Duration) -> Result<State, Error> {
         let request =
             api::StateRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() };
-        let reply =
-            self.call("State", deadline, self.task.state(context::with_duration(deadline), &request)).await?;
+        let reply = self
+            .call("State", deadline, self.task.state(context::with_duration(deadline + GRACE), &request))
+            .await?;
         let status = match reply.status.enum_value() {
             Ok(TaskStatus::CREATED) => ProcessStatus::Created,
             Ok(TaskStatus::RUNNING) => ProcessStatus::Running,
@@ -421,8 +440,9 @@ impl Client {
     pub async fn delete(&self, exec_id: &str) -> Result<ExitStatus, Error> {
         let request =
             api::DeleteRequest { id: self.id.clone(), exec_id: exec_id.into(), ..Default::default() };
-        let reply =
-            self.call("Delete", CALL, self.task.delete(context::with_duration(CALL), &request)).await?;
+        let reply = self
+            .call("Delete", CALL, self.task.delete(context::with_duration(CALL + GRACE), &request))
+            .await?;
         Ok(ExitStatus { code: reply.exit_status, at: nanoseconds(&reply.exited_at) })
     }
 
@@ -432,7 +452,10 @@ impl Client {
     /// When the container runs and `now` is not set.
     pub async fn shutdown(&self, now: bool) -> Result<(), Error> {
         let request = api::ShutdownRequest { id: self.id.clone(), now, ..Default::default() };
-        match self.call("Shutdown", CALL, self.task.shutdown(context::with_duration(CALL), &request)).await {
+        match self
+            .call("Shutdown", CALL, self.task.shutdown(context::with_duration(CALL + GRACE), &request))
+            .await
+        {
             // It ended before its answer was through, which is what was asked for.
             Ok(_) | Err(Error::Gone { .. }) => Ok(()),
             Err(e) => Err(e),
@@ -450,7 +473,9 @@ impl Client {
         reply: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, Error> {
         let id = || self.short.clone();
-        let error = match reply.await {
+        let timeout = || Error::Timeout { id: id(), call, seconds: deadline.as_secs() };
+        let Ok(answer) = tokio::time::timeout(deadline, reply).await else { return Err(timeout()) };
+        let error = match answer {
             Ok(reply) => return Ok(reply),
             Err(error) => error,
         };
@@ -459,7 +484,7 @@ impl Client {
         };
         let message = status.message().to_owned();
         Err(match status.code() {
-            Code::DEADLINE_EXCEEDED => Error::Timeout { id: id(), call, seconds: deadline.as_secs() },
+            Code::DEADLINE_EXCEEDED => timeout(),
             Code::NOT_FOUND if message.starts_with("not found:") => Error::ProgramNotFound(message),
             Code::PERMISSION_DENIED if message.starts_with("not executable:") => {
                 Error::NotExecutable(message)

@@ -15,6 +15,7 @@ use std::{
 
 pub use key::Key;
 use serde::Serialize;
+pub(crate) use value::MIN_MEMORY;
 pub use value::{Isolation, format_size, parse_size};
 
 /// What is wrong with the configuration.

@@ -61,7 +61,7 @@ pub async fn list(registry: &Registry, deadline: Duration) -> Result<Vec<Entry>,
 }
 
 /// Looks at one sandbox; `None` when it went away meanwhile.
-async fn look(bundle: Bundle, deadline: Duration) -> Option<Entry> {
+pub async fn look(bundle: Bundle, deadline: Duration) -> Option<Entry> {
     let record = Record::read(&bundle);
     if record.is_err() && !bundle.dir().exists() {
         return None;

@@ -38,6 +38,14 @@ pub fn claim(bundle: &Bundle) -> io::Result<Option<Ownership>> {
     Ok(Some(Ownership { _file: file }))
 }
 
+/// Keeps a descriptor that was passed to this process from its children.
+///
+/// # Errors
+/// When it is not open.
+pub fn close_on_exec(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
+    Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?)
+}
+
 /// Whether and by which process a bundle is owned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {

@@ -192,13 +192,17 @@ pub(crate) fn remove_bundle(names: &Path, bundle: &Bundle, name: Option<&str>) -
         _ => {}
     }
     if let Some(name) = name {
-        let link = names.join(name);
-        // Only our own link: the name may belong to a successor already.
-        if fs::read_link(&link).is_ok_and(|target| Some(target.as_os_str()) == bundle.dir().file_name()) {
-            let _ = fs::remove_file(link);
-        }
+        release_name(names, bundle, name);
     }
     Ok(())
+}
+
+/// Frees a name, if it is still this bundle's: it may belong to a successor already.
+pub(crate) fn release_name(names: &Path, bundle: &Bundle, name: &str) {
+    let link = names.join(name);
+    if fs::read_link(&link).is_ok_and(|target| Some(target.as_os_str()) == bundle.dir().file_name()) {
+        let _ = fs::remove_file(link);
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! Templates: saved machines that are booted and empty, from which sandboxes start in a fraction of a boot.
 //!
-//! `templates/<key>/` holds `meta.json` and what the monitor saved. The key is a hash of everything that a saved machine
+//! `templates/<key>/` holds `template.json` and what the monitor saved. The key is a hash of everything that a saved machine
 //! depends on, so one that does not match is never found, and is collected once nothing can match it any more.
+
+mod build;
 
 use std::{
     fs, io,
@@ -9,12 +11,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use build::{build, build_in_background};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::paths::{self, Paths};
+use crate::{
+    life::{Error as LifeError, blueprint::Blueprint},
+    paths::{self, Paths},
+};
 
-/// The version of `meta.json`.
+/// The version of [`Meta`].
 pub const VERSION: u32 = 1;
+/// What a template says of itself.
+const META: &str = "template.json";
+/// The devices' saved state, as the monitor names it.
+const STATE: &str = "state";
+/// Templates that are kept beside the newest one.
+const KEPT: usize = 8;
 const MAX_META: u64 = 64 << 10;
 
 /// Why a template cannot be used or changed.
@@ -47,6 +60,9 @@ pub enum Error {
         /// Its version.
         found: u32,
     },
+    /// The machine could not be booted or saved.
+    #[error("cannot build a template: {0}")]
+    Machine(String),
     /// The content is not what was saved.
     #[error("template {path} is not usable: {reason}; `kapsel template rm` removes it")]
     Damaged {
@@ -55,6 +71,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+}
+
+impl Error {
+    fn machine(error: impl std::fmt::Display) -> Self {
+        Self::Machine(error.to_string())
+    }
 }
 
 /// What kind of machine a template holds.
@@ -68,11 +90,11 @@ pub struct Shape {
     pub vcpus: u32,
     /// MiB.
     pub memory_mib: u64,
-    /// Whether the machine can take shared directories.
-    pub shares: bool,
+    /// Whether the machine has a scratch disk.
+    pub scratch: bool,
 }
 
-/// `meta.json`.
+/// What a template says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
     /// [`VERSION`].
@@ -86,8 +108,6 @@ pub struct Meta {
     /// SHA-256 of the devices' saved state, hexadecimal. (The memory's would cost more than it protects from: the file
     /// is as private as the kernel beside it.)
     pub state_sha256: String,
-    /// The memory file's apparent size in bytes.
-    pub memory_size: u64,
 }
 
 /// A template on disk.
@@ -181,7 +201,7 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
 pub fn read(dir: &Path) -> Result<Template, Error> {
     let io = |what, path: &Path, source| Error::Io { what, path: path.into(), source };
     let damaged = |reason: String| Error::Damaged { path: dir.into(), reason };
-    let meta_path = dir.join("meta.json");
+    let meta_path = dir.join(META);
     let mut disk_usage = 0;
     for entry in fs::read_dir(dir).map_err(|e| io("list", dir, e))? {
         let path = entry.map_err(|e| io("list", dir, e))?.path();
@@ -193,7 +213,7 @@ pub fn read(dir: &Path) -> Result<Template, Error> {
             return Err(damaged(format!("{} could have been changed by others", path.display())));
         }
         if path == meta_path && meta.len() > MAX_META {
-            return Err(damaged("meta.json is too large".into()));
+            return Err(damaged(format!("{META} is too large")));
         }
         disk_usage += meta.blocks() * 512;
     }
@@ -211,4 +231,96 @@ pub fn read(dir: &Path) -> Result<Template, Error> {
         return Err(damaged("it has another template's key".into()));
     }
     Ok(Template { dir: dir.into(), meta, disk_usage })
+}
+
+/// The key of a machine: a hash of everything that its saved state depends on.
+///
+/// # Errors
+/// When the monitor, the kernel or the initramfs cannot be read.
+pub fn key(blueprint: &Blueprint) -> Result<String, LifeError> {
+    let mut hash = Sha256::new();
+    let mut add = |part: &str| {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    };
+    add(concat!("kapsel ", env!("CARGO_PKG_VERSION")));
+    add(&blueprint.monitor.fingerprint(&blueprint.spec)?);
+    add(&format!("{} vcpus, {} MiB", blueprint.spec.vcpus, blueprint.spec.memory_mib));
+    for disk in &blueprint.spec.disks {
+        add(&format!("disk {} {}", disk.serial, disk.read_only));
+    }
+    Ok(hex::encode(hash.finalize())[..KEY_LENGTH].to_owned())
+}
+
+/// The template of a key, checked. `None`: there is none.
+///
+/// # Errors
+/// When there is one that must not be used.
+pub fn find(paths: &Paths, key: &str) -> Result<Option<Template>, Error> {
+    let dir = paths.templates().join(key);
+    if !dir.exists() {
+        return Ok(None);
+    }
+    let template = read(&dir)?;
+    let state = state_hash(&dir).map_err(|source| Error::Io { what: "read", path: dir.clone(), source })?;
+    if state != template.meta.state_sha256 {
+        return Err(Error::Damaged { path: dir, reason: "the saved state has another checksum".into() });
+    }
+    Ok(Some(template))
+}
+
+/// Takes a template away that could not be used. No other is built in its place for a while: it might be as bad, and
+/// each attempt costs a boot.
+pub fn mark_bad(paths: &Paths, key: &str, reason: &str) {
+    let dir = paths.templates().join(key);
+    if let Err(error) = remove_dir(&dir) {
+        tracing::warn!(%error, "cannot remove a bad template");
+    }
+    let _ = fs::write(paths.templates().join(format!("{key}.bad")), reason);
+}
+
+/// Removes what no sandbox will start from any more: templates of the shape of `current` with another key (another
+/// kernel, agent or monitor), the oldest beyond a few, and what crashed builds left.
+fn collect(paths: &Paths, current: &str) {
+    let Ok(mut found) = list(paths) else { return };
+    found.retain(|template| template.as_ref().map_or(true, |t| t.meta.key != current));
+    let shape = read(&paths.templates().join(current)).ok().map(|template| template.meta.shape);
+    for (age, template) in found.iter().enumerate() {
+        let dir = match template {
+            Ok(template) => {
+                let superseded = shape.as_ref().is_some_and(|shape| shape.same_use(&template.meta.shape));
+                if !superseded && age < KEPT {
+                    continue;
+                }
+                &template.dir
+            }
+            // What a newer kapsel wrote is not ours to judge.
+            Err(Error::Damaged { path, .. }) => path,
+            Err(_) => continue,
+        };
+        if let Err(error) = remove_dir(dir) {
+            tracing::warn!(%error, "cannot collect a stale template");
+        }
+    }
+}
+
+impl Shape {
+    /// Whether sandboxes with the same wishes would use both.
+    fn same_use(&self, other: &Self) -> bool {
+        (&self.accelerator, self.vcpus, self.memory_mib, self.scratch)
+            == (&other.accelerator, other.vcpus, other.memory_mib, other.scratch)
+    }
+}
+
+fn state_hash(dir: &Path) -> io::Result<String> {
+    use std::io::Read;
+    let mut file = fs::File::open(dir.join(STATE))?;
+    let mut hash = Sha256::new();
+    let mut piece = vec![0; 64 << 10];
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok(hex::encode(hash.finalize())),
+            n => hash.update(&piece[..n]),
+        }
+    }
 }

@@ -1,3 +1,67 @@
 //! The process that owns one sandbox and answers containerd's Task API for it.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `args` | the command line |
+//! | `serve` | the life of this process around that of its sandbox |
+//! | `task` | the Task API, over [`kapsel_sandbox::life`] |
+//! | `convert` | between that API's messages and ours |
+//! | `attach` | streams and copies, on `attach.sock` |
+//! | `clients` | who is connected, so that nobody's answer is cut off |
 
-fn main() {}
+mod args;
+mod attach;
+mod clients;
+mod convert;
+mod serve;
+mod task;
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::Context;
+use args::Command;
+use kapsel_sandbox::{annotations::Wishes, config::Config, paths::Paths, template, timings::Stopwatch};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let watch = Stopwatch::default();
+    match run(watch) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Goes to shim.log, whose last lines whoever waits for this shim tells.
+            eprintln!("containerd-shim-kapsel-v2: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(watch: Stopwatch) -> anyhow::Result<()> {
+    let command = args::parse(std::env::args_os().skip(1))?;
+    if let Command::Version = command {
+        println!("containerd-shim-kapsel-v2 {}", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    }
+    let config = Config::load(None)?;
+    let filter = EnvFilter::try_new(config.log_level())
+        .with_context(|| format!("log_level = {:?} is no tracing filter", config.log_level()))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let root = std::env::var_os("KAPSEL_ROOT").filter(|root| !root.is_empty());
+    let paths = Paths::discover(root.as_ref().map(std::path::Path::new))?;
+    // One thread: a sandbox's host side waits most of the time, and there may be hundreds of them.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .context("cannot start the runtime")?;
+    match command {
+        Command::Serve(serve) => runtime.block_on(serve::serve(paths, config, serve, watch)),
+        Command::BuildTemplate(annotations) => {
+            let wishes = Wishes::parse(&annotations)?;
+            let template = runtime.block_on(template::build(&paths, &config, &wishes))?;
+            tracing::info!(key = template.meta.key, "the template is there");
+            Ok(())
+        }
+        Command::Version => Ok(()),
+    }
+}

@@ -22,8 +22,8 @@ struct Listed {
     vcpus: u32,
     /// Bytes.
     memory: u64,
-    /// It can take shared directories.
-    shares: bool,
+    /// It has a scratch disk.
+    scratch: bool,
     /// RFC 3339.
     created_at: String,
     /// Bytes on the disk.
@@ -39,7 +39,7 @@ impl From<Template> for Listed {
             kernel: meta.shape.kernel,
             vcpus: meta.shape.vcpus,
             memory: meta.shape.memory_mib << 20,
-            shares: meta.shape.shares,
+            scratch: meta.shape.scratch,
             created_at: time::rfc3339(meta.created_at),
             disk_usage,
         }

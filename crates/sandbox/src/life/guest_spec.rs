@@ -1,0 +1,338 @@
+//! The specification as the guest gets it: paths of the host become paths of the guest, and what must be mounted for
+//! that becomes a list of shares and storages.
+//!
+//! Pure: touches no file. What cannot be had in a guest is refused here, before anything starts.
+
+use std::path::{Path, PathBuf};
+
+use kapsel_protocol::{STORAGE_ROOT, api};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Mount, Spec};
+
+/// The serial of the root file system's disk.
+pub const ROOTFS_DISK: &str = "rootfs";
+/// The serial of the scratch disk.
+pub const SCRATCH_DISK: &str = "scratch";
+
+/// What a specification asks for that a guest of its own cannot give.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// A part of the specification.
+    #[error(
+        "the container's specification asks for {what}, which a sandbox with its own kernel cannot give: {why}"
+    )]
+    Unsupported {
+        /// The part.
+        what: String,
+        /// The reason.
+        why: &'static str,
+    },
+    /// The specification is not complete.
+    #[error("the container's specification has no {0}")]
+    Missing(&'static str),
+    /// More directories than devices.
+    #[error(
+        "{0} directories of the host are shared, at most {MAX_SHARES} can be; share a directory that holds them"
+    )]
+    TooManyShares(usize),
+}
+
+/// The most directories that one sandbox shares: each takes a process and a device.
+pub const MAX_SHARES: usize = 16;
+
+/// A directory or a single file of the host that the guest mounts by its tag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedPath {
+    /// `share0`, `share1`, …
+    pub tag: String,
+    /// On the host.
+    pub source: PathBuf,
+    /// The host refuses writes.
+    pub read_only: bool,
+    /// A file: it appears by its name in the share's root.
+    pub file: bool,
+}
+
+/// Where the container's root comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rootfs {
+    /// A read-only disk beneath an overlay.
+    Disk,
+    /// A directory of the host beneath an overlay: never written.
+    Below(PathBuf),
+    /// A directory of the host, written to.
+    Directory(PathBuf),
+}
+
+/// What the agent gets, and what must be there for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GuestSpec {
+    /// The specification for the guest.
+    pub spec: Spec,
+    /// Compiled separately.
+    pub seccomp: Option<LinuxSeccomp>,
+    /// In the order in which the guest mounts them.
+    pub storages: Vec<api::Storage>,
+    /// To be served by fsd.
+    pub shares: Vec<SharedPath>,
+}
+
+/// Translates a specification for container `id`. `is_file` tells whether a path of the host is a file.
+///
+/// # Errors
+/// When it asks for something that a guest cannot give.
+pub fn translate(
+    spec: &Spec,
+    id: &str,
+    rootfs: &Rootfs,
+    scratch_disk: bool,
+    is_file: impl Fn(&Path) -> bool,
+) -> Result<GuestSpec, Error> {
+    refuse_impossible(spec)?;
+    let base = PathBuf::from(STORAGE_ROOT).join(id);
+    let mut guest = GuestSpec { spec: spec.clone(), seccomp: None, storages: Vec::new(), shares: Vec::new() };
+    guest.root(rootfs, &base, scratch_disk);
+
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in mounts.iter_mut().filter(|mount| is_host_bind(mount)) {
+        let source = mount.source().clone().ok_or(Error::Missing("source of a bind mount"))?;
+        let read_only = has_option(mount, "ro");
+        let file = is_file(&source);
+        let inside = guest.share(&source, read_only, file, &base);
+        mount.set_typ(Some("bind".into())).set_source(Some(inside));
+    }
+    if guest.shares.len() > MAX_SHARES {
+        return Err(Error::TooManyShares(guest.shares.len()));
+    }
+    let mut root = spec.root().clone().ok_or(Error::Missing("root"))?;
+    root.set_path(base.join("rootfs"));
+    guest.seccomp = take_seccomp(&mut guest.spec);
+    guest.spec.set_mounts(Some(mounts)).set_root(Some(root)).set_annotations(None);
+    Ok(guest)
+}
+
+impl GuestSpec {
+    fn root(&mut self, rootfs: &Rootfs, base: &Path, scratch_disk: bool) {
+        let lower = base.join("lower");
+        match rootfs {
+            Rootfs::Disk => {
+                let source = format!("blk:{ROOTFS_DISK}");
+                self.storages.push(storage(&source, "erofs", &["ro"], &lower));
+            }
+            Rootfs::Below(dir) => drop(self.share_at(dir, true, false, lower.clone())),
+            Rootfs::Directory(dir) => {
+                self.share_at(dir, false, false, base.join("rootfs"));
+                return;
+            }
+        }
+        let writable = base.join("rw");
+        self.storages.push(match scratch_disk {
+            true => storage(&format!("blk:{SCRATCH_DISK}"), "ext4", &[], &writable),
+            false => storage("tmpfs", "tmpfs", &["mode=0755"], &writable),
+        });
+        let option = |name: &str, dir: PathBuf| format!("{name}={}", dir.display());
+        let options = [
+            option("lowerdir", lower),
+            option("upperdir", writable.join("upper")),
+            option("workdir", writable.join("work")),
+        ];
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        self.storages.push(storage("overlay", "overlay", &options, &base.join("rootfs")));
+    }
+
+    /// The path in the guest of a host's path, sharing it unless the same is shared already.
+    fn share(&mut self, source: &Path, read_only: bool, file: bool, base: &Path) -> PathBuf {
+        let same = |share: &&SharedPath| share.source == source && share.read_only == read_only;
+        let found = self.shares.iter().find(same).and_then(|share| {
+            let source = format!("fs:{}", share.tag);
+            self.storages.iter().find(|storage| storage.source == source)
+        });
+        let at = match found {
+            Some(storage) => PathBuf::from(&storage.mount_point),
+            None => {
+                let at = base.join(format!("share{}", self.shares.len()));
+                self.share_at(source, read_only, file, at)
+            }
+        };
+        match source.file_name() {
+            Some(name) if file => at.join(name),
+            _ => at,
+        }
+    }
+
+    fn share_at(&mut self, source: &Path, read_only: bool, file: bool, at: PathBuf) -> PathBuf {
+        let tag = format!("share{}", self.shares.len());
+        let options: &[&str] = if read_only { &["ro"] } else { &[] };
+        self.storages.push(storage(&format!("fs:{tag}"), "virtiofs", options, &at));
+        self.shares.push(SharedPath { tag, source: source.into(), read_only, file });
+        at
+    }
+}
+
+fn storage(source: &str, fstype: &str, options: &[&str], mount_point: &Path) -> api::Storage {
+    api::Storage {
+        source: source.into(),
+        fstype: fstype.into(),
+        options: options.iter().map(|&o| o.into()).collect(),
+        mount_point: mount_point.to_string_lossy().into_owned(),
+        ..Default::default()
+    }
+}
+
+fn has_option(mount: &Mount, option: &str) -> bool {
+    mount.options().iter().flatten().any(|o| o == option)
+}
+
+fn is_host_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || has_option(mount, "bind") || has_option(mount, "rbind")
+}
+
+fn take_seccomp(spec: &mut Spec) -> Option<LinuxSeccomp> {
+    let mut linux = spec.linux().clone()?;
+    let seccomp = linux.seccomp().clone();
+    // The cgroup's place and a network namespace that was prepared on the host mean nothing in the guest.
+    linux.set_seccomp(None).set_cgroups_path(None);
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    linux.set_namespaces(Some(namespaces));
+    spec.set_linux(Some(linux));
+    seccomp
+}
+
+fn refuse_impossible(spec: &Spec) -> Result<(), Error> {
+    let refuse = |what: String, why| Err(Error::Unsupported { what, why });
+    if spec.process().is_none() {
+        return Err(Error::Missing("process"));
+    }
+    if spec.hooks().as_ref().is_some_and(|hooks| *hooks != Default::default()) {
+        return refuse("hooks".into(), "they would have to run on the host and reach into the guest");
+    }
+    if spec.vm().is_some() {
+        return refuse("a machine of its own (vm)".into(), "kapsel chooses machine, kernel and image itself");
+    }
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
+    for namespace in namespaces {
+        if let Some(path) = namespace.path()
+            && namespace.typ() != LinuxNamespaceType::Network
+        {
+            let what = format!("the {} namespace of {}", namespace.typ(), path.display());
+            return refuse(what, "namespaces of the host's kernel cannot be joined from the guest's");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{HookBuilder, HooksBuilder};
+
+    use super::*;
+    use crate::spec::{ImageDefaults, RunOptions, Volume, build};
+
+    fn spec(volumes: &[(&str, &str, bool)]) -> Spec {
+        let volumes = volumes
+            .iter()
+            .map(|&(source, destination, read_only)| Volume {
+                source: source.into(),
+                destination: destination.into(),
+                read_only,
+            })
+            .collect();
+        let options = RunOptions { args: vec!["x".into()], volumes, ..Default::default() };
+        build(&ImageDefaults::default(), &options).unwrap()
+    }
+
+    fn describe(guest: &GuestSpec) -> Vec<String> {
+        let storages = guest
+            .storages
+            .iter()
+            .map(|s| format!("{} {} {} {}", s.source, s.fstype, s.options.join(","), s.mount_point));
+        let shares = guest
+            .shares
+            .iter()
+            .map(|s| format!("{} = {} ro={} file={}", s.tag, s.source.display(), s.read_only, s.file));
+        let binds =
+            guest.spec.mounts().iter().flatten().filter(|m| m.typ().as_deref() == Some("bind")).map(|m| {
+                format!("bind {} on {}", m.source().clone().unwrap().display(), m.destination().display())
+            });
+        storages.chain(shares).chain(binds).collect()
+    }
+
+    #[test]
+    fn an_image_lies_beneath_a_scratch_overlay() {
+        let guest = translate(&spec(&[]), "c1", &Rootfs::Disk, false, |_| false).unwrap();
+        assert_eq!(
+            describe(&guest),
+            [
+                "blk:rootfs erofs ro /run/kapsel/c1/lower",
+                "tmpfs tmpfs mode=0755 /run/kapsel/c1/rw",
+                "overlay overlay lowerdir=/run/kapsel/c1/lower,upperdir=/run/kapsel/c1/rw/upper,workdir=/run/kapsel/c1/rw/work /run/kapsel/c1/rootfs",
+            ]
+        );
+        assert_eq!(guest.spec.root().clone().unwrap().path(), Path::new("/run/kapsel/c1/rootfs"));
+        assert!(guest.seccomp.is_some() && guest.spec.linux().clone().unwrap().seccomp().is_none());
+        assert!(guest.spec.annotations().is_none());
+    }
+
+    #[test]
+    fn one_share_for_each_distinct_source_and_right() {
+        let volumes =
+            [("/usr", "/a", true), ("/usr", "/b", true), ("/usr", "/c", false), ("/etc/hosts", "/h", false)];
+        let guest =
+            translate(&spec(&volumes), "c1", &Rootfs::Below("/".into()), true, |p| p.is_file()).unwrap();
+        assert_eq!(
+            describe(&guest),
+            [
+                "fs:share0 virtiofs ro /run/kapsel/c1/lower",
+                "blk:scratch ext4  /run/kapsel/c1/rw",
+                "overlay overlay lowerdir=/run/kapsel/c1/lower,upperdir=/run/kapsel/c1/rw/upper,workdir=/run/kapsel/c1/rw/work /run/kapsel/c1/rootfs",
+                "fs:share1 virtiofs ro /run/kapsel/c1/share1",
+                "fs:share2 virtiofs  /run/kapsel/c1/share2",
+                "fs:share3 virtiofs  /run/kapsel/c1/share3",
+                "share0 = / ro=true file=false",
+                "share1 = /usr ro=true file=false",
+                "share2 = /usr ro=false file=false",
+                "share3 = /etc/hosts ro=false file=true",
+                "bind /run/kapsel/c1/share1 on /a",
+                "bind /run/kapsel/c1/share1 on /b",
+                "bind /run/kapsel/c1/share2 on /c",
+                "bind /run/kapsel/c1/share3/hosts on /h",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_writable_directory_is_the_root_itself() {
+        let guest = translate(&spec(&[]), "c1", &Rootfs::Directory("/srv".into()), false, |_| false).unwrap();
+        assert_eq!(
+            describe(&guest),
+            ["fs:share0 virtiofs  /run/kapsel/c1/rootfs", "share0 = /srv ro=false file=false"]
+        );
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        let mut hooks = spec(&[]);
+        let hook = HookBuilder::default().path("/bin/true").build().unwrap();
+        hooks.set_hooks(Some(HooksBuilder::default().poststop(vec![hook]).build().unwrap()));
+        let error = translate(&hooks, "c", &Rootfs::Disk, false, |_| false).unwrap_err();
+        assert!(error.to_string().contains("hooks"), "{error}");
+
+        let mut joined = spec(&[]);
+        let mut linux = joined.linux().clone().unwrap();
+        let mut namespaces = linux.namespaces().clone().unwrap();
+        namespaces[0].set_path(Some("/proc/1/ns/pid".into()));
+        linux.set_namespaces(Some(namespaces));
+        joined.set_linux(Some(linux));
+        let error = translate(&joined, "c", &Rootfs::Disk, false, |_| false).unwrap_err();
+        assert!(error.to_string().contains("/proc/1/ns/pid"), "{error}");
+
+        let mut many = spec(&[]);
+        let mounts = (0..17)
+            .map(|n| {
+                crate::spec::mount("bind", format!("/s{n}").into(), Path::new(&format!("/d{n}")), vec![])
+            })
+            .collect();
+        many.set_mounts(Some(mounts));
+        assert_eq!(translate(&many, "c", &Rootfs::Disk, false, |_| false), Err(Error::TooManyShares(17)));
+    }
+}

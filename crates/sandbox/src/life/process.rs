@@ -1,0 +1,129 @@
+//! One process of a sandbox, as the host sees it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use oci_spec::runtime::Process as OciProcess;
+use tokio::sync::watch;
+
+use crate::{
+    record::Exit,
+    stdio::{Hub, Plan, Streams},
+};
+
+/// Where a process is in its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Announced: clients may attach.
+    New,
+    /// Set up.
+    Created,
+    /// Its program runs.
+    Running {
+        /// In the guest.
+        pid: u32,
+    },
+    /// Its program ended.
+    Exited(Exit),
+}
+
+/// The container's first process or an added one.
+#[derive(Debug)]
+pub struct Process {
+    /// Empty for the first process.
+    pub exec_id: String,
+    /// Where clients attach.
+    pub hub: Hub,
+    state: watch::Sender<State>,
+    wanted: Mutex<Option<Wanted>>,
+    streams: tokio::sync::Mutex<Option<Streams>>,
+}
+
+/// What a client asked for.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Where its streams go.
+    pub plan: Plan,
+    /// The URIs as they came, for `State`.
+    pub uris: [String; 3],
+    /// For an added process: what to run.
+    pub process: Option<OciProcess>,
+}
+
+impl Process {
+    /// A process that is not there yet.
+    pub fn new(exec_id: &str) -> Arc<Self> {
+        Arc::new(Self {
+            exec_id: exec_id.into(),
+            hub: Hub::default(),
+            state: watch::Sender::new(State::New),
+            wanted: Mutex::default(),
+            streams: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// What it is doing.
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Moves on; an exited process stays so.
+    pub(super) fn set(&self, next: State) {
+        self.state.send_if_modified(|state| {
+            let moves = !matches!(state, State::Exited(_));
+            if moves {
+                *state = next;
+            }
+            moves
+        });
+    }
+
+    /// Waits for its end. Any number may.
+    pub async fn exited(&self) -> Exit {
+        let mut states = self.state.subscribe();
+        loop {
+            if let State::Exited(exit) = &*states.borrow_and_update() {
+                return exit.clone();
+            }
+            if states.changed().await.is_err() {
+                // The sender lives as long as `self`.
+                unreachable!("a process's state outlives its waiters");
+            }
+        }
+    }
+
+    pub(super) fn want(&self, wanted: Wanted) {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) = Some(wanted);
+    }
+
+    /// What was asked for, once it was.
+    pub fn wanted(&self) -> Option<Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) async fn connected(&self, streams: Streams) {
+        self.hub.close_unused();
+        *self.streams.lock().await = Some(streams);
+    }
+
+    /// Ends its input from outside.
+    pub async fn close_stdin(&self) {
+        if let Some(streams) = &*self.streams.lock().await {
+            streams.close_stdin().await;
+        }
+    }
+
+    /// Its program ended: waits until all output is delivered.
+    pub(super) async fn drain(&self) {
+        let streams = self.streams.lock().await.take();
+        if let Some(mut streams) = streams {
+            streams.ended();
+            streams.drained().await;
+        }
+    }
+
+    /// Drops its streams as they are.
+    pub(super) async fn cut(&self) {
+        self.hub.close_unused();
+        drop(self.streams.lock().await.take());
+    }
+}

@@ -1,0 +1,361 @@
+//! The start of a sandbox, in order.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use kapsel_machine::{Machine, Snapshot};
+use kapsel_protocol::api;
+
+use super::{
+    Cause, Error, Guest, Sandbox, State, Wanted,
+    agent::Agent,
+    blueprint::{self, Blueprint, Occupant, Scratch},
+    guest_spec::{self, GuestSpec, Rootfs},
+    lock,
+    shares::{self, Servers},
+    size,
+};
+use crate::{
+    client::RootfsMount,
+    logs::Writer,
+    record::MachineInfo,
+    seccomp::{self, Filter},
+    stdio::{Log, Plan, Streams, announce, token},
+    template,
+};
+
+/// Memory of the monitor beside its guest's: QEMU itself, and the code that TCG translates.
+const MONITOR_MEMORY: u64 = 512 << 20;
+/// Processes and threads of monitor and file servers.
+const HOST_PIDS: u64 = 512;
+
+/// Where a process's streams go, as the Task API says it.
+#[derive(Clone, Debug, Default)]
+pub struct IoRequest {
+    /// One stream for both directions.
+    pub terminal: bool,
+    /// URI.
+    pub stdin: String,
+    /// URI.
+    pub stdout: String,
+    /// URI.
+    pub stderr: String,
+}
+
+impl IoRequest {
+    pub(super) fn plan(&self) -> Result<Plan, Error> {
+        Ok(Plan::parse(self.terminal, &self.stdin, &self.stdout, &self.stderr)?)
+    }
+
+    pub(super) fn uris(&self) -> [String; 3] {
+        [self.stdin.clone(), self.stdout.clone(), self.stderr.clone()]
+    }
+}
+
+/// What Create says beyond the bundle.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    /// The root file system; exactly one is understood.
+    pub rootfs: Vec<RootfsMount>,
+    /// The first process's streams.
+    pub io: IoRequest,
+}
+
+impl Sandbox {
+    /// Starts the machine and sets the container up in it. On an error nothing is left running.
+    ///
+    /// # Errors
+    /// What is missing, not possible, or did not come up in time.
+    pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, Error> {
+        if std::mem::replace(&mut *lock(&self.begun), true) {
+            return Err(Error::AlreadyExists("the container was created already".into()));
+        }
+        let deadline = self.config.start_timeout();
+        let created = tokio::time::timeout(deadline, self.bring_up(&request)).await;
+        let error = match created {
+            Ok(Ok(pid)) => return Ok(pid),
+            Ok(Err(error)) => error,
+            Err(_) => self.late(deadline),
+        };
+        self.end(Cause::NotStarted(error.to_string())).await;
+        Err(error)
+    }
+
+    /// The sequence. What needs no answer of the step before runs beside it.
+    async fn bring_up(self: &Arc<Self>, request: &CreateRequest) -> Result<u32, Error> {
+        // 1. Decide: everything that can be refused is refused before anything starts.
+        let phase = self.watch.phase("prepare");
+        let plan = request.io.plan()?;
+        self.init.want(Wanted { plan: plan.clone(), uris: request.io.uris(), process: None });
+        let (rootfs, disk) = root(&request.rootfs)?;
+        let storage = self.wishes.storage;
+        let guest_spec =
+            guest_spec::translate(&self.spec, self.container(), &rootfs, storage.is_some(), |path| {
+                path.is_file()
+            })?;
+        let profile = guest_spec.seccomp.as_ref();
+        let filter =
+            profile.map(|profile| seccomp::compile(profile, &self.paths.seccomp_cache())).transpose()?;
+        let name = self.id.short();
+        let scratch = storage.map(|size| Scratch::make(&self.paths, name, size)).transpose()?;
+        let log = self.output_log(&plan)?;
+        let mut blueprint = self.draw(disk, &scratch)?;
+        drop(phase);
+
+        // 2. File servers, so that the machine finds them.
+        let phase = self.watch.phase("shares");
+        self.make_cgroup(&mut blueprint);
+        let cgroup = blueprint.spec.jail.cgroup.clone();
+        let (servers, connected) =
+            Servers::start(&guest_spec.shares, &self.bundle, &self.id, &self.config, cgroup.as_ref())?;
+        blueprint.spec.shares = connected;
+        let fsd = servers.pids();
+        self.watch_servers(&servers)?;
+        lock(&self.host).servers = servers;
+        drop(phase);
+
+        // 3. The machine: a clone of a template, or a cold boot.
+        let (machine, template) = self.machine(&blueprint).await?;
+        drop(scratch);
+        lock(&self.host).machine = Some(machine.clone());
+        self.watch_machine(&machine);
+        machine
+            .phases()
+            .iter()
+            .for_each(|p| self.watch.add(format!("machine: {}", p.name), p.took.as_secs_f64() * 1e3));
+
+        // 4. The agent. Its requests follow each other without waiting for answers: it carries them out in order.
+        let phase = self.watch.phase("agent");
+        let channel = machine.connect(self.config.start_timeout()).await?;
+        let agent = Agent::open(&channel).await?;
+        let token = token();
+        let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
+        let hostname = self.spec.hostname().clone().unwrap_or_else(|| name.into());
+        let streams = Streams::connect(&*channel, token, &plan, &self.init.hub, log);
+        let (release, configured, created, streams) =
+            tokio::join!(agent.hello(), agent.configure(&hostname), agent.create(&create), streams);
+        let release = release?;
+        configured?;
+        let pid = created?;
+        self.init.connected(streams?).await;
+        drop(phase);
+
+        // 5. Known from here on.
+        self.note(|record| {
+            record.machine = Some(MachineInfo {
+                accelerator: blueprint.accelerator().into(),
+                kernel: release,
+                vcpus: blueprint.spec.vcpus,
+                memory: u64::from(blueprint.spec.memory_mib) << 20,
+                template,
+                reason: blueprint.reason.clone(),
+                shim: std::process::id(),
+                monitor: machine.pid(),
+                fsd,
+            });
+        });
+        self.watch_channel(channel.clone());
+        let writes_host = guest_spec.shares.iter().any(|share| !share.read_only);
+        let _ = self.guest.set(Guest { machine, channel, agent, writes_host });
+        self.init.set(State::Created);
+        if !template {
+            self.want_template(&blueprint);
+        }
+        Ok(pid)
+    }
+
+    fn draw(&self, rootfs: Option<PathBuf>, scratch: &Option<Scratch>) -> Result<Blueprint, Error> {
+        let dir = self.bundle.machine_dir();
+        crate::paths::private_dir(&dir).map_err(|e| Error::Resources(e.to_string()))?;
+        let occupant = Occupant {
+            name: self.id.short(),
+            dir,
+            console: Some(self.bundle.console_log()),
+            rootfs,
+            scratch: scratch.as_ref().map(|scratch| scratch.path.clone()),
+            cgroup: None,
+        };
+        blueprint::draw(&self.paths, &self.config, &self.wishes, occupant)
+    }
+
+    /// Bounds what the sandbox's processes take of the host. Where no cgroup can be had the log says so.
+    fn make_cgroup(&self, blueprint: &mut Blueprint) {
+        let memory = (u64::from(blueprint.spec.memory_mib) << 20) + MONITOR_MEMORY;
+        let limits = kapsel_jail::cgroup::Limits { memory: Some(memory), cpu: None, pids: Some(HOST_PIDS) };
+        match kapsel_jail::Cgroup::create(self.id.short(), &limits) {
+            Ok(Some(cgroup)) => {
+                lock(&self.host).cgroup = Some(cgroup.clone());
+                blueprint.spec.jail.cgroup = Some(cgroup);
+            }
+            Ok(None) => {
+                let why = kapsel_jail::cgroup::obstacles().join("; ");
+                tracing::info!(why, "the sandbox's processes run without a cgroup");
+            }
+            Err(error) => tracing::warn!(%error, "the sandbox's processes run without a cgroup"),
+        }
+    }
+
+    /// A clone where there is a template that can be restored, else a cold boot. The flag tells which.
+    async fn machine(&self, blueprint: &Blueprint) -> Result<(Arc<dyn Machine>, bool), Error> {
+        if let Some((key, found)) = self.template(blueprint) {
+            let _phase = self.watch.phase("restore");
+            let snapshot = Snapshot { dir: found.dir };
+            match blueprint.monitor.restore(&snapshot, &blueprint.spec).await {
+                Ok(machine) => return Ok((machine, true)),
+                Err(error) => {
+                    tracing::warn!(key, %error, "the template cannot be restored; it is put aside, the sandbox starts cold");
+                    template::mark_bad(&self.paths, &key, &error.to_string());
+                }
+            }
+        }
+        let _phase = self.watch.phase("boot");
+        Ok((blueprint.monitor.boot(&blueprint.spec).await?, false))
+    }
+
+    fn templates_wanted(&self, blueprint: &Blueprint) -> bool {
+        self.config.templates()
+            && !self.wishes.cold
+            && blueprint.monitor.capabilities().snapshot
+            && blueprint.is_common()
+    }
+
+    fn template(&self, blueprint: &Blueprint) -> Option<(String, template::Template)> {
+        if !self.templates_wanted(blueprint) {
+            return None;
+        }
+        let _phase = self.watch.phase("template");
+        let key = template::key(blueprint)
+            .inspect_err(|error| tracing::warn!(%error, "cannot tell which template would fit"))
+            .ok()?;
+        match template::find(&self.paths, &key) {
+            Ok(found) => found.map(|found| (key, found)),
+            Err(error) => {
+                tracing::warn!(%error, "a template is not used");
+                if matches!(error, template::Error::Damaged { .. }) {
+                    template::mark_bad(&self.paths, &key, &error.to_string());
+                }
+                None
+            }
+        }
+    }
+
+    fn want_template(&self, blueprint: &Blueprint) {
+        if self.templates_wanted(blueprint)
+            && let Ok(key) = template::key(blueprint)
+        {
+            template::build_in_background(&self.paths, &self.config, &self.wishes, &key);
+        }
+    }
+
+    fn create_request(
+        &self,
+        guest_spec: &GuestSpec,
+        filter: Option<Filter>,
+        plan: &Plan,
+        stdio: api::Stdio,
+    ) -> Result<api::CreateRequest, Error> {
+        let spec = serde_json::to_vec(&guest_spec.spec).map_err(|e| Error::Invalid(e.to_string()))?;
+        let filter = filter.unwrap_or_default();
+        let (width, height) = guest_spec.spec.process().as_ref().map_or((0, 0), size);
+        Ok(api::CreateRequest {
+            id: self.container().into(),
+            spec,
+            storages: guest_spec.storages.clone(),
+            seccomp: filter.program,
+            seccomp_flags: filter.flags,
+            terminal: plan.terminal,
+            width,
+            height,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        })
+    }
+
+    fn output_log(&self, plan: &Plan) -> Result<Option<Log>, Error> {
+        if !plan.logs() {
+            return Ok(None);
+        }
+        let path = self.bundle.output_log();
+        let writer = Writer::create(&path, self.config.log_size())
+            .map_err(|source| crate::stdio::Error::Open { path, source })?;
+        Ok(Some(Arc::new(std::sync::Mutex::new(writer))))
+    }
+
+    /// Ends the sandbox when a server of a share dies: the guest would hang at the next access.
+    fn watch_servers(self: &Arc<Self>, servers: &Servers) -> Result<(), Error> {
+        let watches =
+            servers.watches().map_err(|e| Error::Resources(format!("cannot watch a file server: {e}")))?;
+        for (source, pidfd) in watches {
+            let sandbox = Arc::downgrade(self);
+            tokio::spawn(async move {
+                shares::ended(pidfd).await;
+                if let Some(sandbox) = sandbox.upgrade() {
+                    let reason = format!("the file server of {} died", source.display());
+                    sandbox.end(Cause::Broken(reason)).await;
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn watch_machine(self: &Arc<Self>, machine: &Arc<dyn Machine>) {
+        let sandbox = Arc::downgrade(self);
+        let machine = machine.clone();
+        tokio::spawn(async move {
+            let reason = machine.wait().await;
+            if let Some(sandbox) = sandbox.upgrade() {
+                sandbox.end(Cause::MachineDied(reason)).await;
+            }
+        });
+    }
+
+    /// The guest opens no streams to the host: the only thing to wait for is the end of the session.
+    fn watch_channel(self: &Arc<Self>, channel: Arc<dyn kapsel_channel::Channel>) {
+        let sandbox = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let error = loop {
+                match channel.accept().await {
+                    Ok((port, _stream)) => {
+                        tracing::warn!(port, "the guest opened a stream that nobody asked for")
+                    }
+                    Err(error) => break error,
+                }
+            };
+            if let Some(sandbox) = sandbox.upgrade() {
+                sandbox.end_unless_machine_tells(error.to_string()).await;
+            }
+        });
+    }
+
+    fn late(&self, deadline: Duration) -> Error {
+        let machine = lock(&self.host).machine.clone();
+        let console = machine.map(|machine| machine.console()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&console);
+        let lines: Vec<&str> = text.lines().rev().take(5).collect();
+        let last: Vec<&str> = lines.into_iter().rev().collect();
+        Error::State(format!(
+            "the sandbox did not start within {} s; raise start_timeout if this host is slow. The console's last lines:\n  {}",
+            deadline.as_secs(),
+            last.join("\n  ")
+        ))
+    }
+}
+
+/// The root file system of a Create request: what it is for the guest, and its disk when it is one.
+fn root(mounts: &[RootfsMount]) -> Result<(Rootfs, Option<PathBuf>), Error> {
+    let [mount] = mounts else {
+        return Err(Error::Invalid(format!("a root file system is one mount, not {}", mounts.len())));
+    };
+    let there = std::fs::metadata(&mount.source).map_err(|e| {
+        Error::Invalid(format!("cannot use root file system {}: {e}", mount.source.display()))
+    })?;
+    let writable = mount.options.iter().any(|option| option == "rw");
+    match (mount.kind.as_str(), there.is_dir()) {
+        ("erofs", false) => Ok((Rootfs::Disk, Some(mount.source.clone()))),
+        ("bind", true) if writable => Ok((Rootfs::Directory(mount.source.clone()), None)),
+        ("bind", true) => Ok((Rootfs::Below(mount.source.clone()), None)),
+        (kind, _) => Err(Error::Invalid(format!(
+            "a root file system is an erofs file or a directory to bind, not {kind:?} of {}",
+            mount.source.display()
+        ))),
+    }
+}

@@ -1,0 +1,146 @@
+//! The life of this process around that of its sandbox.
+
+use std::{
+    os::fd::{AsFd, FromRawFd, OwnedFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use containerd_shim_protos::shim_async::create_task;
+use futures::stream;
+use kapsel_sandbox::{
+    cleanup,
+    config::Config,
+    life::{Cause, Sandbox},
+    owner,
+    paths::{Bundle, Paths},
+    record::{Exit, Record, Status, now},
+    timings::Stopwatch,
+};
+use tokio::{
+    io::AsyncReadExt,
+    net::{UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+};
+use ttrpc::asynchronous::{Server, transport::Listener};
+
+use crate::{
+    args::Serve,
+    attach,
+    clients::{Clients, Counted},
+    task::TaskService,
+};
+
+/// How long clients may take to fetch their answers once the sandbox is gone.
+const LINGER: Duration = Duration::from_secs(10);
+/// How long a shim waits for its first order when nobody is connected.
+const UNWANTED: Duration = Duration::from_secs(30);
+
+/// Owns a sandbox until nothing of it is left.
+pub async fn serve(paths: Paths, config: Config, args: Serve, watch: Stopwatch) -> anyhow::Result<()> {
+    let bundle = Bundle::at(&args.bundle);
+    let owned = owner::claim(&bundle).with_context(|| format!("cannot own {}", args.bundle.display()))?;
+    let Some(_owned) = owned else { bail!("{} belongs to another shim", args.bundle.display()) };
+    let task_socket = listener(args.socket).context("cannot use --socket-fd")?;
+    let attach_socket = listener(args.attach).context("cannot use --attach-fd")?;
+    let leash = args.leash.map(connection).transpose().context("cannot use --leash-fd")?;
+
+    let sandbox = match Sandbox::open(paths, config, bundle.clone(), args.id, watch) {
+        Ok(sandbox) => sandbox,
+        Err(error) => {
+            record_failure(&bundle, &error.to_string());
+            return Err(error.into());
+        }
+    };
+    let clients = Clients::default();
+    let attaching = tokio::spawn(attach::accept(attach_socket, sandbox.clone(), clients.clone()));
+    let mut server = Server::new()
+        .register_service(create_task(Arc::new(TaskService::new(sandbox.clone()))))
+        .add_listener(counted(task_socket, clients.clone()));
+    server.start().await.context("cannot serve the Task API")?;
+    tokio::spawn(watch_signals(sandbox.clone())?);
+    if let Some(leash) = leash {
+        tokio::spawn(hold(leash, sandbox.clone()));
+    }
+    tokio::spawn(give_up(sandbox.clone(), clients.clone()));
+
+    sandbox.gone().await;
+    // Whoever waits for the end has it within this time, or is not interested.
+    let _ = tokio::time::timeout(LINGER, clients.none()).await;
+    attaching.abort();
+    Ok(())
+}
+
+fn listener(fd: RawFd) -> std::io::Result<UnixListener> {
+    // SAFETY: the parent passed `fd` to this process for this purpose alone (`kapsel_sandbox::launch`); nothing here has
+    // used it before.
+    let listener = unsafe { std::os::unix::net::UnixListener::from_raw_fd(fd) };
+    // Refuses what is no socket, before anything else believes in it.
+    listener.local_addr()?;
+    listener.set_nonblocking(true)?;
+    // Passed to this process and not to its children: one that kept the leash would keep the sandbox.
+    owner::close_on_exec(listener.as_fd())?;
+    UnixListener::from_std(listener)
+}
+
+fn connection(fd: RawFd) -> std::io::Result<UnixStream> {
+    // SAFETY: as in `listener`.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true)?;
+    owner::close_on_exec(stream.as_fd())?;
+    UnixStream::from_std(stream)
+}
+
+/// The Task API's connections, counted.
+fn counted(listener: UnixListener, clients: Clients) -> Listener {
+    Listener::new(stream::unfold((listener, clients), |(listener, clients)| async move {
+        let accepted = listener.accept().await.map(|(stream, _)| Counted::new(stream, &clients));
+        Some((accepted, (listener, clients)))
+    }))
+}
+
+/// Ends the sandbox in order when this process is asked to.
+fn watch_signals(sandbox: Arc<Sandbox>) -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot watch signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch signals")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        sandbox.end(Cause::Killed("the shim was asked to terminate".into())).await;
+    })
+}
+
+/// Ends the sandbox with the process that holds the leash, unless that lets go.
+async fn hold(mut leash: UnixStream, sandbox: Arc<Sandbox>) {
+    let mut byte = [0];
+    if !matches!(leash.read(&mut byte).await, Ok(1)) {
+        sandbox.end(Cause::Killed("the command that ran the sandbox ended".into())).await;
+    }
+}
+
+/// Ends a sandbox that nobody asks for anything: its maker died before it could.
+async fn give_up(sandbox: Arc<Sandbox>, clients: Clients) {
+    tokio::time::sleep(UNWANTED).await;
+    clients.none().await;
+    if !sandbox.has_begun() {
+        sandbox.end(Cause::NotStarted("nobody asked for the container".into())).await;
+    }
+}
+
+/// What cannot even be read is recorded as ended, so that it is neither started again nor in the way.
+fn record_failure(bundle: &Bundle, reason: &str) {
+    if let Ok(mut record) = Record::read(bundle) {
+        record.status = Status::Exited;
+        record.exit = Some(Exit { code: 125, at: now(), oom: false, reason: Some(reason.into()) });
+        if let Err(error) = record.write(bundle) {
+            tracing::warn!(%error, "cannot keep the record");
+        }
+    }
+    if let Err(error) = cleanup::resources(bundle) {
+        tracing::warn!(%error, "something is left; the next command tries again");
+    }
+}
