@@ -213,25 +213,51 @@ fn enter_cgroup_namespace(plan: &Plan) -> Done {
 
 // --- 3. The file tree ---------------------------------------------------------------------------------------------------------
 
-/// Builds the new root: a tmpfs, stacked upon the old root, which all paths still start from until [`pivot`]. So sources are
-/// looked up in the old tree, targets relative to the new root's descriptor, and no name means both.
+/// Copies of the mounts that go into the new root, by the index of their [`Op`]; -1 for those that are none.
+type Sources = [RawFd; crate::plan::MAX_OPS];
+
+/// Takes a copy of everything that is to be shown, mounted nowhere yet, and restricted before it becomes visible. All of it before the
+/// new root exists, which would otherwise be part of a copy of `/`.
+fn take_sources(plan: &Plan) -> Result<Sources, Failure> {
+    let mut sources = [-1; crate::plan::MAX_OPS];
+    for (index, (copy, op)) in sources.iter_mut().zip(&plan.ops).enumerate() {
+        match op {
+            Op::Bind { source, device, inode, attrs, submounts, .. } => {
+                let found = open_same(source, *device, *inode).at_item(Step::Bind, index)?;
+                *copy = copy_mount(found, c"", *attrs, *submounts).at_item(Step::Bind, index)?;
+                close(found);
+            }
+            Op::OwnDescriptors { .. } => {
+                let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+                *copy =
+                    copy_mount(libc::AT_FDCWD, c"/proc/self/fd", attrs, false).at_item(Step::Bind, index)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(sources)
+}
+
+/// Builds the new root: a tmpfs, stacked upon the old root, which all paths still start from until [`pivot`]. Targets are relative to
+/// its descriptor, so that no name can mean something in both.
 fn build_root(plan: &Plan, own: &mut Own) -> Done {
     // First of all nothing done here may propagate to the host's mount namespace.
     let private = (libc::MS_REC | libc::MS_PRIVATE) as usize;
     // SAFETY: mount with only a target string and flags.
     unsafe { sys::mount(0, sys::ptr(c"/"), 0, private, 0) }.at(Step::Private)?;
+    let sources = take_sources(plan)?;
     // Room for mount points only, and no way to fill the host's memory with them.
     let options = [(c"size", c"64k"), (c"nr_inodes", c"4k"), (c"mode", c"0755")];
     own.root = tmpfs(&options, 0).at(Step::Root)?;
     move_mount(own.root, libc::AT_FDCWD, c"/").at(Step::Root)?;
-    for (index, op) in plan.ops.iter().enumerate() {
-        apply(plan, own.root, index, op)?;
+    for (index, (op, source)) in plan.ops.iter().zip(sources).enumerate() {
+        apply(plan, own.root, index, op, source)?;
     }
     let sealed = MountAttr { attr_set: plan.root_attrs, ..MountAttr::default() };
     set_attributes(own.root, &sealed, false).at(Step::Seal)
 }
 
-fn apply(plan: &Plan, root: RawFd, index: usize, op: &Op) -> Done {
+fn apply(plan: &Plan, root: RawFd, index: usize, op: &Op, source: RawFd) -> Done {
     match op {
         Op::Directory { target } => {
             // SAFETY: a valid descriptor, string and mode.
@@ -256,10 +282,9 @@ fn apply(plan: &Plan, root: RawFd, index: usize, op: &Op) -> Done {
             move_mount(mount, root, target).at_item(Step::Tmpfs, index)?;
             close(mount);
         }
-        Op::Bind { target, source, device, inode, attrs, submounts } => {
-            let found = open_same(source, *device, *inode).at_item(Step::Bind, index)?;
-            bind(found, c"", root, target, *attrs, *submounts).at_item(Step::Bind, index)?;
-            close(found);
+        Op::Bind { target, .. } | Op::OwnDescriptors { target } => {
+            move_mount(source, root, target).at_item(Step::Bind, index)?;
+            close(source);
         }
         Op::Cover { target } => {
             let options = [(c"size", c"4k"), (c"nr_inodes", c"2"), (c"mode", c"0555")];
@@ -270,17 +295,13 @@ fn apply(plan: &Plan, root: RawFd, index: usize, op: &Op) -> Done {
         }
         Op::CoverFile { target } => {
             let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-            let tree = clone_tree(root, c".empty", attrs | libc::MOUNT_ATTR_RDONLY, false)
+            let tree = copy_mount(root, c".empty", attrs | libc::MOUNT_ATTR_RDONLY, false)
                 .at_item(Step::Bind, index)?;
             move_mount_over(tree, root, target).at_item(Step::Bind, index)?;
             close(tree);
         }
         Op::Node { target, mode, rdev } => {
             node(plan, root, target, *mode, *rdev).at_item(Step::Device, index)?;
-        }
-        Op::OwnDescriptors { target } => {
-            let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-            bind(libc::AT_FDCWD, c"/proc/self/fd", root, target, attrs, false).at_item(Step::Bind, index)?;
         }
     }
     Ok(())
@@ -297,17 +318,9 @@ fn open_same(source: &CStr, device: u64, inode: u64) -> Res<RawFd> {
     if (stat.st_dev, stat.st_ino) == (device, inode) { Ok(fd) } else { Err(Errno(libc::ESTALE)) }
 }
 
-/// Bind-mounts a copy of the mount at `dir`/`path`, restricted *before* it becomes visible. Only adds restrictions: in a user namespace
-/// those of the host's mount cannot be taken away.
-fn bind(dir: RawFd, path: &CStr, root: RawFd, target: &CStr, attrs: u64, submounts: bool) -> Res {
-    let tree = clone_tree(dir, path, attrs, submounts)?;
-    move_mount(tree, root, target)?;
-    close(tree);
-    Ok(())
-}
-
-/// A copy of the mount at `dir`/`path`, restricted, mounted nowhere yet.
-fn clone_tree(dir: RawFd, path: &CStr, attrs: u64, submounts: bool) -> Res<RawFd> {
+/// A copy of the mount at `dir`/`path`, restricted, mounted nowhere yet. Only adds restrictions: in a user namespace those of the
+/// host's mount cannot be taken away.
+fn copy_mount(dir: RawFd, path: &CStr, attrs: u64, submounts: bool) -> Res<RawFd> {
     let recursive = if submounts { libc::AT_RECURSIVE as usize } else { 0 };
     let flags =
         libc::OPEN_TREE_CLONE as usize | libc::OPEN_TREE_CLOEXEC as usize | libc::AT_EMPTY_PATH as usize;

@@ -115,6 +115,8 @@ pub(crate) struct Plan {
     pub envp: Vec<usize>,
 }
 
+/// How many things the file tree can be made of; QEMU's takes about 90.
+pub(crate) const MAX_OPS: usize = 512;
 /// How many descriptors can be passed to a child.
 pub(crate) const MAX_FDS: usize = 64;
 
@@ -142,6 +144,12 @@ impl Plan {
         let mut tree = Tree::new(&name, &jail, we_are_root);
         tree.build(ruleset.as_ref())?;
         let Tree { ops, rules, has_nodes, .. } = tree;
+        if ops.len() > MAX_OPS {
+            return Err(invalid(
+                &name,
+                format!("its file tree has {} parts, more than {MAX_OPS}", ops.len()),
+            ));
+        }
 
         let cgroup = jail.cgroup.as_ref().map(|c| c.entry()).transpose()?.unwrap_or_default();
         let mut namespaces = libc::CLONE_NEWNS;

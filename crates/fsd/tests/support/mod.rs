@@ -57,6 +57,7 @@ impl Scene {
         pid
     }
 
+    #[allow(dead_code, reason = "each test program uses its part")]
     /// Boots a guest with all shares, which runs the script and powers off. Its output.
     pub fn run(&mut self, script: &str) -> String {
         let mut guest = self.boot(script);
@@ -144,4 +145,21 @@ fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
     archive.resize(archive.len().next_multiple_of(4), 0);
     archive.extend(data);
     archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
+/// A process's share of memory (PSS) in bytes, without the guest's memory that it has mapped.
+#[allow(dead_code, reason = "each test program uses its part")]
+pub fn own_memory(pid: u32) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut guest = false;
+    let mut kib = 0;
+    for line in maps.lines() {
+        if let Some(value) = line.strip_prefix("Pss:") {
+            let value: u64 = value.trim().trim_end_matches(" kB").parse().unwrap();
+            kib += if guest { 0 } else { value };
+        } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
+            guest = line.contains("memfd:");
+        }
+    }
+    kib << 10
 }

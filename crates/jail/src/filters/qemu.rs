@@ -119,7 +119,7 @@ const KVM_TYPE: u64 = 0xae00;
 
 /// Names for threads, timers that need not be early, and whether memory errors are to be reported early.
 fn prctls() -> Vec<u64> {
-    [libc::PR_SET_NAME, libc::PR_SET_TIMERSLACK, libc::PR_MCE_KILL]
+    [libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_TIMERSLACK, libc::PR_MCE_KILL]
         .map(|option| u64::from(option.unsigned_abs()))
         .to_vec()
 }

@@ -87,3 +87,53 @@ pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Resul
         (false, _) => jail.arg("--map-owner"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    /// What a jailed `ls -A` says that the server would find.
+    fn listing(source: &Path, path: &str) -> String {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let jail = Jail::new("busybox")
+            .program("/bin/busybox")
+            .bind_exec("/bin/busybox", "/bin/busybox")
+            .args(["ls", "-A", path])
+            .bind(source, "/share", Access::Read, true)
+            .stdout(writer.try_clone().unwrap().into())
+            .stderr(writer.into());
+        let mut child = jail.spawn().unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        child.wait().unwrap();
+        text
+    }
+
+    #[test]
+    fn the_kernels_interfaces_are_no_part_of_a_share() {
+        if !rustix::process::geteuid().is_root() || !Path::new("/bin/busybox").exists() {
+            println!("skipped: needs root and busybox-static");
+            return;
+        }
+        let root = Path::new("/");
+        assert!(listing(root, "/share").contains("etc\n"));
+        assert!(listing(root, "/share/etc").contains("passwd\n"));
+        for hidden in ["/share/proc", "/share/sys", "/share/dev/pts"] {
+            assert_eq!(listing(root, hidden), "", "{hidden}");
+        }
+        let error = Jail::new("x").bind("/proc/sys", "/share", Access::Write, true).spawn().unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }) && error.to_string().contains("proc"), "{error}");
+    }
+
+    #[test]
+    fn only_files_and_directories_can_be_shared() {
+        let share = |source| Share { source, read_only: true, tag: None };
+        for source in ["/dev/null", "/nowhere"] {
+            let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
+            let jail = fsd(Path::new("/bin/true"), share(Path::new(source)), socket.into(), "id");
+            assert!(jail.unwrap_err().to_string().contains(source));
+        }
+    }
+}
