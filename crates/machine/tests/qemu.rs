@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
@@ -11,7 +12,8 @@ use std::time::Duration;
 use kapsel_channel::Channel;
 use kapsel_guest::{Initramfs, Kernel, KernelSource};
 use kapsel_machine::{
-    Accel, Disk, Error, ExitReason, Identity, JailOptions, Machine, MachineSpec, Monitor, Qemu, Snapshot,
+    Accel, Attachment, Disk, Error, ExitReason, Identity, JailOptions, Machine, MachineSpec, Monitor, Qemu,
+    Share, Snapshot,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -91,6 +93,25 @@ fn disk(dir: &Path, name: &str, serial: &str, text: &str, read_only: bool) -> Di
     fs::write(&path, text).unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_len(1 << 30).unwrap();
     Disk { serial: serial.into(), path, read_only }
+}
+
+fn clone_disks(dir: &Path, n: usize) -> Vec<Disk> {
+    vec![disk(dir, "a", "rootfs", &format!("disk of clone  {n}"), true), disk(dir, "s", "scratch", "", false)]
+}
+
+/// A file server for `source`, jailed as always, and the connection to it.
+fn serve(source: &Path, dir: &Path) -> (kapsel_jail::Child, Share) {
+    static BUILT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let build = ["build", "--quiet", "--release", "--package", "kapsel-fsd"];
+        assert!(Command::new(env!("CARGO")).args(build).status().is_ok_and(|status| status.success()));
+        Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("release/kapsel-fsd")
+    });
+    let path = dir.join("fsd.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let connection = UnixStream::connect(&path).unwrap();
+    let share = kapsel_jail::profiles::Share { source, read_only: true, tag: Some("tag0") };
+    let server = kapsel_jail::profiles::fsd(&BUILT, share, listener.into(), "test").unwrap().spawn().unwrap();
+    (server, Share { tag: "tag0".into(), socket: Arc::new(connection.into()) })
 }
 
 async fn ask(channel: &Arc<dyn Channel>, line: &str) -> String {
@@ -182,10 +203,7 @@ async fn a_template_gives_clones_with_disks_of_their_own() {
         fs::create_dir(&dir).unwrap();
         let mut clone = spec(guest, &dir);
         clone.name = format!("clone-{n}");
-        clone.disks = vec![
-            disk(&dir, "a", "rootfs", &format!("disk of clone  {n}"), true),
-            disk(&dir, "s", "scratch", "", false),
-        ];
+        clone.disks = clone_disks(&dir, n);
         let machine = qemu.restore(&snapshot, &clone).await.unwrap();
         let channel = machine.connect(BOOT).await.unwrap();
         println!("{:?}", machine.phases());
@@ -199,6 +217,23 @@ async fn a_template_gives_clones_with_disks_of_their_own() {
     assert_eq!(ask(&clones[0].1, "recall").await, "0");
     assert_eq!(ask(&clones[1].1, "recall").await, "1");
 
+    // A share that the template did not have, in the slot that its guest saw empty.
+    let shared = dir.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::write(shared.join("hello"), "from the host").unwrap();
+    let sharing_dir = dir.path().join("sharing");
+    fs::create_dir(&sharing_dir).unwrap();
+    let mut sharing = spec(guest, &sharing_dir);
+    sharing.disks = clone_disks(&sharing_dir, 9);
+    let (_server, share) = serve(&shared, &sharing_dir);
+    sharing.shares = vec![share];
+    let machine = qemu.restore(&snapshot, &sharing).await.unwrap();
+    let channel = machine.connect(BOOT).await.unwrap();
+    println!("{:?}", machine.phases());
+    assert_eq!(ask(&channel, "mount tag0").await, "from the host");
+    assert_eq!(ask(&channel, "disk rootfs").await, "disk of clone  9");
+    drop((machine, channel));
+
     let mut other = spec(guest, dir.path());
     other.memory_mib = 512;
     let refused = qemu.restore(&snapshot, &other).await.err().unwrap();
@@ -210,6 +245,27 @@ async fn a_template_gives_clones_with_disks_of_their_own() {
     clone.template = false;
     let refused = qemu.restore(&snapshot, &clone).await.err().unwrap();
     assert!(refused.to_string().contains("changed after it was saved"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_share_is_there_from_the_start() {
+    let guest = guest!();
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("hello"), "good morning").unwrap();
+    let mut spec = spec(guest, dir.path());
+    let (_server, share) = serve(dir.path(), &spec.dir);
+    spec.shares = vec![share];
+    let (machine, channel) = boot(&spec).await;
+    assert_eq!(ask(&channel, "mount tag0").await, "good morning");
+
+    let later = dir.path().join("later");
+    fs::create_dir(&later).unwrap();
+    fs::write(later.join("hello"), "good evening").unwrap();
+    let (_server, mut share) = serve(&later, &later);
+    share.tag = "tag1".into();
+    machine.attach(Attachment::Share(share)).await.unwrap();
+    assert_eq!(ask(&channel, "mount tag1").await, "good evening");
+    machine.kill().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

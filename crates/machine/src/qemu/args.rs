@@ -5,11 +5,15 @@
 
 use std::ffi::OsString;
 
+use serde_json::{Value, json};
+
 use crate::{Accel, Error, MachineSpec, Result};
 
 /// Slots, by what is in them. The last sixteen are those that the guest's ACPI table (crate guest) tells of.
 ///
-/// Slot 0 stays empty: QEMU's emulated IOAPIC takes its interrupt, the first of the second IOAPIC, for the ISA timer's and moves it.
+/// Slot 0 is for what needs no interrupt: QEMU's emulated IOAPIC takes this one, the first of the second IOAPIC, for the ISA timer's and
+/// moves it.
+const PLUGGER_SLOT: usize = 0;
 const SERIAL: usize = 1;
 const ENTROPY: usize = 2;
 const BALLOON: usize = 3;
@@ -157,21 +161,64 @@ pub(super) fn build(spec: &MachineSpec, memory: Memory, start: From) -> Result<V
             ),
         );
     }
+    if memory == Memory::Shared {
+        args.pair("-device", format!("virtio-scsi-device,bus=virtio-mmio-bus.{PLUGGER_SLOT},id=plugger"));
+    }
     for (n, share) in spec.shares.iter().enumerate() {
-        args.pair("-chardev", format!("socket,id=share{n},fd={}", fds::SHARES + n as i32));
-        args.pair(
-            "-device",
-            format!(
-                "vhost-user-fs-device,bus=virtio-mmio-bus.{},chardev=share{n},tag={},queue-size=512",
-                FIRST_SHARE + n,
-                share.tag
-            ),
-        );
+        args.pair("-chardev", format!("socket,id={},fd={}", share_chardev(n), fds::SHARES + n as i32));
+        // QEMU refuses to load a saved state while it has such a device, so that one is plugged in afterwards.
+        if start != From::Snapshot {
+            args.pair("-device", share_device(n, &share.tag).to_string());
+        }
     }
     if start == From::Snapshot {
         args.pair("-incoming", "defer");
     }
     Ok(args.0)
+}
+
+/// The connection to the back end of the share `n`.
+pub(super) fn share_chardev(n: usize) -> String {
+    format!("share{n}")
+}
+
+/// What handles the plugging in of shares.
+///
+/// QEMU's virtio-mmio buses have no hotplug handler, but take one. Of those that QEMU has, a SCSI bus's does with the device what has to be
+/// done here, which is nothing (the machine's own wants a processor); so machines with shares have an empty SCSI controller.
+pub(super) const PLUGGER: &str = "plugger.0";
+
+/// The bus of the slot for the share `n`.
+pub(super) fn share_bus(n: usize) -> String {
+    format!("virtio-mmio-bus.{}", FIRST_SHARE + n)
+}
+
+/// The device of the share `n`, as `-device` and `device_add` take it.
+pub(super) fn share_device(n: usize, tag: &str) -> Value {
+    json!({
+        "driver": "vhost-user-fs-device",
+        "id": format!("fs{n}"),
+        "bus": share_bus(n),
+        "chardev": share_chardev(n),
+        "tag": tag,
+        "queue-size": 512,
+    })
+}
+
+/// Refuses a tag that a device cannot have.
+pub(super) fn check_tag(name: &str, tag: &str) -> Result<()> {
+    if plain(tag, 36) {
+        return Ok(());
+    }
+    let what = format!("the share tag {tag:?}: letters, digits, '-', '_' and '.', at most 36");
+    Err(Error::Invalid { name: name.to_owned(), what })
+}
+
+/// Text that cannot begin another option in QEMU's option strings.
+fn plain(text: &str, max: usize) -> bool {
+    !text.is_empty()
+        && text.len() <= max
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
 }
 
 fn memory_backend(spec: &MachineSpec, memory: Memory) -> String {
@@ -188,12 +235,6 @@ fn memory_backend(spec: &MachineSpec, memory: Memory) -> String {
 
 fn check(spec: &MachineSpec) -> Result<()> {
     let invalid = |what: String| Err(Error::Invalid { name: spec.name.clone(), what });
-    // These end up in QEMU's option strings, where a comma would begin another option.
-    let plain = |text: &str, max: usize| {
-        !text.is_empty()
-            && text.len() <= max
-            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-    };
     if !plain(&spec.name, 64) {
         return invalid("a name has letters, digits, '-', '_' and '.', at most 64".into());
     }
@@ -215,11 +256,8 @@ fn check(spec: &MachineSpec) -> Result<()> {
             disk.serial
         ));
     }
-    if let Some(share) = spec.shares.iter().find(|share| !plain(&share.tag, 36)) {
-        return invalid(format!(
-            "the share tag {:?}: letters, digits, '-', '_' and '.', at most 36",
-            share.tag
-        ));
+    for share in &spec.shares {
+        check_tag(&spec.name, &share.tag)?;
     }
     if spec.template && !spec.shares.is_empty() {
         return invalid("a template cannot have shared directories: QEMU cannot save them".into());

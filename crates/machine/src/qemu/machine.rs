@@ -11,9 +11,10 @@ use kapsel_jail::Exit;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
+use super::args::{self, MAX_SHARES, Memory};
 use super::process::{Process, smaps_rollup};
 use super::qmp::{Qmp, QmpError};
-use super::{NAME, snapshot};
+use super::{NAME, plug, snapshot};
 use crate::error::Context;
 use crate::{Attachment, Error, ExitReason, Machine, MachineSpec, Phase, Result, Snapshot, Stats};
 
@@ -27,6 +28,9 @@ pub(super) struct QemuMachine {
     qmp: tokio::sync::Mutex<Qmp>,
     spec: MachineSpec,
     fingerprint: String,
+    memory: Memory,
+    /// How many shares it has.
+    shares: tokio::sync::Mutex<usize>,
     memory_file: Option<PathBuf>,
     phases: Mutex<Vec<Phase>>,
     session: Mutex<Option<Mux>>,
@@ -40,10 +44,12 @@ impl QemuMachine {
         qmp: Qmp,
         spec: &MachineSpec,
         fingerprint: String,
+        memory: Memory,
         memory_file: Option<PathBuf>,
         phases: Vec<(&str, Duration)>,
     ) -> QemuMachine {
         // What was passed to QEMU is closed here: a back end sees its end when QEMU has ended.
+        let shares = tokio::sync::Mutex::new(spec.shares.len());
         let spec = MachineSpec { shares: Vec::new(), ..spec.clone() };
         let phases = phases.into_iter().map(|(name, took)| Phase { name: name.to_owned(), took }).collect();
         QemuMachine {
@@ -51,6 +57,8 @@ impl QemuMachine {
             qmp: tokio::sync::Mutex::new(qmp),
             spec,
             fingerprint,
+            memory,
+            shares,
             memory_file,
             phases: Mutex::new(phases),
             session: Mutex::new(None),
@@ -220,13 +228,36 @@ impl Machine for QemuMachine {
 
     async fn attach(&self, attachment: Attachment) -> Result<()> {
         let Attachment::Share(share) = attachment;
-        Err(Error::Unsupported {
-            monitor: NAME,
-            what: format!(
-                "plug the share {} into a running machine: its machine has no hotplug; name it in the spec",
-                share.tag
-            ),
-        })
+        args::check_tag(&self.spec.name, &share.tag)?;
+        let unsupported = |what| Err(Error::Unsupported { monitor: NAME, what });
+        if self.memory != Memory::Shared {
+            return unsupported(format!(
+                "share a directory with the machine {}, which was started without any: its memory is its own",
+                self.spec.name
+            ));
+        }
+        let mut shares = self.shares.lock().await;
+        if *shares >= MAX_SHARES {
+            return unsupported(format!("give the machine {} more than {MAX_SHARES} shares", self.spec.name));
+        }
+        let n = *shares;
+        // Not tried again after a failure: what QEMU has made of it is unknown.
+        *shares += 1;
+        let mut qmp = self.qmp.lock().await;
+        let plugged = async {
+            let chardev = args::share_chardev(n);
+            qmp.send_fd(&chardev, share.socket.as_fd(), COMMAND).await?;
+            let address = json!({ "type": "fd", "data": { "str": chardev } });
+            let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+            qmp.execute("chardev-add", json!({ "id": chardev, "backend": backend }), COMMAND).await?;
+            let plugged = tokio::time::timeout(COMMAND, plug(&mut qmp, n, &share.tag)).await;
+            plugged.unwrap_or(Err(QmpError::Deadline(COMMAND)))
+        };
+        tokio::select! {
+            biased;
+            plugged = plugged => plugged.map_err(|error| self.error("device_add", error)),
+            exit = self.process.exit() => Err(self.ended(exit)),
+        }
     }
 
     fn console(&self) -> Vec<u8> {

@@ -125,7 +125,7 @@ impl Monitor for Qemu {
         let id = qmp.send(&[("query-status", json!({}))]).await;
         let up = answered(&process, &mut qmp, id, spec).await?;
         let phases = vec![("spawn", spawned), ("monitor", up - begun - spawned)];
-        Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, memory_file, phases)))
+        Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, memory, memory_file, phases)))
     }
 
     async fn restore(&self, snapshot: &Snapshot, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
@@ -159,14 +159,29 @@ impl Monitor for Qemu {
         let up = answered(&process, &mut qmp, id, spec).await?;
         let resumed = async { qmp.event(|name, _| (name == "RESUME").then_some(())).await };
         guarded(&process, spec, "loading the saved state", resumed).await?;
+        let restored = up.elapsed();
+        for (n, share) in spec.shares.iter().enumerate() {
+            guarded(&process, spec, "plugging in a share", plug(&mut qmp, n, &share.tag)).await?;
+        }
         let phases = vec![
             ("prepare", prepared),
             ("spawn", spawned),
             ("monitor", up - begun - prepared - spawned),
-            ("restore", up.elapsed()),
+            ("restore", restored),
+            ("shares", up.elapsed() - restored),
         ];
-        Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, None, phases)))
+        Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, memory, None, phases)))
     }
+}
+
+/// Plugs in the share `n`, whose connection QEMU has.
+///
+/// The guest is not told: its agent makes the driver look at the slot again.
+async fn plug(qmp: &mut Qmp, n: usize, tag: &str) -> Result<(), qmp::QmpError> {
+    let handler =
+        json!({ "path": args::share_bus(n), "property": "hotplug-handler", "value": args::PLUGGER });
+    let id = qmp.send(&[("qom-set", handler), ("device_add", args::share_device(n, tag))]).await?;
+    qmp.answer(id).await.map(drop)
 }
 
 /// Waits for the answer to a command that was sent at the start; gives the time at which it came.
