@@ -5,8 +5,10 @@ mod support;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use kapsel_jail::profiles::{self, Share};
@@ -15,12 +17,16 @@ use support::Scene;
 
 /// A jailed server for a directory, and a connection to it.
 fn connected(dir: &Path) -> (Child, UnixStream) {
+    connected_to(Path::new(support::FSD), dir, dir)
+}
+
+fn connected_to(program: &Path, source: &Path, dir: &Path) -> (Child, UnixStream) {
     let path = dir.join("socket");
     let _ = fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
-    let share = Share { source: dir, read_only: false, tag: Some("tag") };
+    let share = Share { source, read_only: false, tag: Some("tag") };
     let log = fs::File::create(dir.join("log")).unwrap();
-    let jail = profiles::fsd(Path::new(support::FSD), share, listener.into(), "test").unwrap();
+    let jail = profiles::fsd(program, share, listener.into(), "test").unwrap();
     let child = jail.stderr(log.into()).spawn().unwrap();
     (child, UnixStream::connect(&path).unwrap())
 }
@@ -94,4 +100,49 @@ fn a_killed_monitor_leaves_no_server() {
     guest.kill().unwrap();
     guest.wait().unwrap();
     assert_eq!(scene.exits(), [Some(Exit::Code(0))], "{:?}", scene.logs());
+}
+
+#[test]
+fn it_serves_without_root() {
+    if let Some(what) = support::missing() {
+        println!("skipped: {what}");
+        return;
+    }
+    // Nobody may not be able to read where the programs are.
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (test, server, mine) =
+        (dir.path().join("test"), dir.path().join("kapsel-fsd"), dir.path().join("mine"));
+    fs::copy(std::env::current_exe().unwrap(), &test).unwrap();
+    fs::copy(support::FSD, &server).unwrap();
+    fs::create_dir(&mine).unwrap();
+    std::os::unix::fs::chown(&mine, Some(65534), Some(65534)).unwrap();
+    let done = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(&test)
+        .args(["--exact", "as_nobody", "--ignored", "--nocapture"])
+        .env("KAPSEL_TEST_DIR", dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+    println!("{text}");
+    assert!(done.status.success() && text.contains("1 passed"), "{text}");
+}
+
+#[test]
+#[ignore = "part of it_serves_without_root"]
+fn as_nobody() {
+    if std::fs::read_to_string("/proc/sys/user/max_user_namespaces").is_ok_and(|n| n.trim() == "0") {
+        println!("skipped: no unprivileged user namespaces here");
+        return;
+    }
+    let dir = std::env::var("KAPSEL_TEST_DIR").map(std::path::PathBuf::from).unwrap();
+    let (server, mine) = (dir.join("kapsel-fsd"), dir.join("mine"));
+    // The whole host too, with all that is mounted in it.
+    for source in [mine.as_path(), Path::new("/")] {
+        let (mut child, stream) = connected_to(&server, source, &mine);
+        assert_eq!(child.wait_timeout(Duration::from_millis(200)).unwrap(), None);
+        drop(stream);
+        assert_eq!(end(&mut child), Exit::Code(0), "{:?}", fs::read_to_string(mine.join("log")));
+    }
 }

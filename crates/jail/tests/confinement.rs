@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -122,11 +122,14 @@ fn the_kernel_agrees() {
         ("77 77".to_owned(), "0 0".to_owned())
     );
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
-    let points: Vec<&str> = mounts.lines().map(|l| l.split(' ').nth(4).unwrap()).collect();
-    assert_eq!(points, ["/", BUSYBOX], "{mounts}");
-    let options: Vec<&str> = mounts.lines().map(|l| l.split(' ').nth(5).unwrap()).collect();
-    assert!(options[0].starts_with("ro,nosuid,nodev,noexec"), "{mounts}");
-    assert!(options[1].starts_with("ro,nosuid,nodev") && !options[1].contains("noexec"), "{mounts}");
+    let field = |line: &str, n: usize| line.split(' ').nth(n).unwrap().to_owned();
+    let options: BTreeMap<String, String> = mounts.lines().map(|l| (field(l, 4), field(l, 5))).collect();
+    assert_eq!(options.keys().collect::<Vec<_>>(), ["/", BUSYBOX], "{mounts}");
+    assert!(options["/"].starts_with("ro,nosuid,nodev,noexec"), "{mounts}");
+    assert!(
+        options[BUSYBOX].starts_with("ro,nosuid,nodev") && !options[BUSYBOX].contains("noexec"),
+        "{mounts}"
+    );
     let net = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap();
     assert_eq!(net.lines().count(), 3, "only loopback: {net}");
 }
