@@ -1,0 +1,27 @@
+//! The agent: process 1 of the guest.
+//!
+//! From the outside in:
+//! - [`init`] makes the guest ready; [`session`] serves one session with the host after the other; [`rpc`] is the API.
+//! - [`sandbox`] is the guest as a whole; [`container`] makes and watches containers; [`storage`] mounts their file systems.
+//! - [`stdio`] moves the bytes of processes; [`files`] those of copies, packed by [`archive`].
+//! - [`reaper`] waits for every child.
+//!
+//! One thread, one event loop: a fork of a single-threaded process may do anything, which is what lets a container's first
+//! process inherit its plan instead of being told it.
+
+pub mod archive;
+pub mod container;
+pub mod error;
+pub mod files;
+pub mod init;
+pub mod net;
+pub mod oci;
+pub mod phases;
+pub mod reaper;
+pub mod rpc;
+pub mod sandbox;
+pub mod session;
+pub mod stats;
+pub mod stdio;
+pub mod storage;
+pub mod sys;
