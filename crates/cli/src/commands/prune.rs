@@ -5,6 +5,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use kapsel_image::{PruneOptions, Pruned};
 use kapsel_sandbox::listing::Entry;
 use kapsel_sandbox::record::Status;
+use kapsel_sandbox::template;
 use serde::Serialize;
 
 use super::host::{self, Host};
@@ -22,8 +23,6 @@ struct Removed {
     templates: Vec<String>,
     /// `{images, files, bytes}`.
     images: Pruned,
-    /// Bytes that are free now, all together.
-    bytes: u64,
 }
 
 /// Removes what is not in use.
@@ -43,20 +42,20 @@ pub fn run(host: &Host, flags: &Prune) -> Outcome {
             Err(failure) => code = code.max(failure.report()),
         }
     }
-    let (templates, template_bytes) = super::template::collect(host)?;
+    // Those that nothing can use any more went when their successor was made.
+    let templates = if flags.all { template::remove_all(&host.paths)? } else { Vec::new() };
     let options = PruneOptions { all: flags.all, in_use: host.rootfs_in_use()? };
     let images = host.images()?.prune(&options)?;
-    let bytes = images.bytes + template_bytes;
-    let removed = Removed { containers, templates, images, bytes };
+    let removed = Removed { containers, templates, images };
     if flags.json {
         output::json(&removed);
     } else {
-        let Removed { containers, templates, images, bytes } = removed;
-        let lines = [("container", containers), ("template", templates), ("image", images.images)];
+        let Removed { containers, templates, images } = removed;
+        let lines = [("container", containers), ("template", templates), ("image", images.images.clone())];
         for (kind, names) in lines {
             names.iter().for_each(|name| output::print(format!("{kind} {name}\n").as_bytes()));
         }
-        output::print(format!("freed {}\n", size::bytes(bytes)).as_bytes());
+        output::print(format!("freed {} of images\n", size::bytes(images.bytes)).as_bytes());
     }
     Ok(code)
 }
@@ -68,12 +67,10 @@ fn confirmed(all: bool) -> Result<bool, Failure> {
             Failure::new("prune removes things, and there is no terminal to ask on").hint("say --force")
         );
     }
-    let images = if all { ", and all images that no container uses" } else { "" };
+    let images = if all { ", all templates, and all images that no container uses" } else { "" };
     let mut stderr = std::io::stderr();
-    let asked = write!(
-        stderr,
-        "Remove all ended containers with their logs, unusable templates, loose image parts{images}? [y/N] "
-    );
+    let asked =
+        write!(stderr, "Remove all ended containers with their logs, loose image parts{images}? [y/N] ");
     let mut answer = String::new();
     asked
         .and_then(|()| stderr.flush())

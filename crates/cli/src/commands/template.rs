@@ -1,9 +1,12 @@
 //! `kapsel template`.
 
+use kapsel_sandbox::annotations::Wishes;
+use kapsel_sandbox::config::Isolation;
+use kapsel_sandbox::spec::{self, ImageDefaults, Limits, RunOptions};
 use kapsel_sandbox::template::{self, Template};
 use serde::Serialize;
 
-use super::host::Host;
+use super::host::{self, Host};
 use super::many::each;
 use crate::failure::{Failure, Outcome};
 use crate::flags::system;
@@ -95,14 +98,15 @@ fn remove(host: &Host, flags: &system::TemplateRm) -> Outcome {
     })
 }
 
-/// Makes the template for a machine, and waits until it is there.
+/// Makes the template for a machine, waits until it is there, and prints its key.
 fn build(host: &Host, flags: &system::TemplateBuild) -> Outcome {
-    let _ = (host, flags);
-    Err(Failure::new("templates are made by the first run"))
-}
-
-/// Removes templates that nothing can use any more; gives their keys and how many bytes that freed.
-pub fn collect(host: &Host) -> Result<(Vec<String>, u64), Failure> {
-    let _ = host;
-    Ok((Vec::new(), 0))
+    host::ensure_kernel(host)?;
+    let limits = Limits { memory: flags.memory, cpus: flags.cpus, pids: None };
+    let isolation = flags.isolation.map(Isolation::from);
+    // As for a container, whose machine has room for the guest's own needs beside its limit.
+    let options = RunOptions { args: vec!["true".into()], limits, isolation, ..RunOptions::default() };
+    let wishes = Wishes::of(&spec::build(&ImageDefaults::default(), &options)?)?;
+    let template = host::runtime()?.block_on(template::build(&host.paths, &host.config, &wishes))?;
+    output::print(format!("{}\n", template.meta.key).as_bytes());
+    Ok(0)
 }

@@ -59,11 +59,11 @@ pub struct TemplateRm {
 
 /// Remove what is not in use
 ///
-/// Removes containers that have ended, what is left of sandboxes that were killed, templates that nothing can use any
-/// more, and parts of images that belong to none.
+/// Removes containers that have ended with their logs, what is left of sandboxes that were killed, and parts of images
+/// that belong to none.
 #[derive(Args, Debug)]
 pub struct Prune {
-    /// Also images that no container uses
+    /// Also images that no container uses, and templates: the next run makes what it needs again
     #[arg(short, long)]
     pub all: bool,
     /// Do not ask

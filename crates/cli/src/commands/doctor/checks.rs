@@ -1,8 +1,10 @@
 //! The checks of `kapsel doctor`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kapsel_guest::{Kernel, KernelSource};
+use kapsel_machine::{Accel, Probe};
+use kapsel_sandbox::host::choose;
 use kapsel_sandbox::programs;
 
 use super::Check;
@@ -46,50 +48,52 @@ pub struct Choice {
     pub checks: Vec<Check>,
 }
 
-/// Programs that can be the monitor, the best first.
-const MONITORS: [&str; 2] = ["qemu-system-x86_64-microvm", "qemu-system-x86_64"];
-
-/// Looks at KVM and QEMU.
+/// Measures KVM, looks at QEMU, and lets the library choose, as it does for each sandbox.
 pub fn choice(host: &Host) -> Choice {
-    let qemu = monitor(host);
-    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    let kvm_check = match &kvm {
-        Ok(_) => Check::ok("kvm", "/dev/kvm can be opened; its speed is measured when a machine is started"),
+    let chosen = match choose(&host.paths, &host.config, host.config.isolation()) {
+        Ok(chosen) => chosen,
         Err(error) => {
-            Check::warn("kvm", format!("/dev/kvm: {error}"), "without it sandboxes are emulated, and slower")
+            let text = error.to_string();
+            let (reason, hint) = text.split_once("; ").unwrap_or((&text, "apt-get install qemu-system-x86"));
+            let check = Check::fail("monitor", reason, hint);
+            return Choice { isolation: None, reason: reason.to_owned(), checks: vec![check] };
         }
     };
-    let qemu_check = match &qemu {
-        Some(path) => Check::ok("qemu", path.display().to_string()),
-        None => Check::fail(
-            "qemu",
-            "not found",
-            "apt-get install qemu-system-x86, or set 'qemu' in the configuration",
-        ),
-    };
-    let (isolation, reason) = match (&qemu, &kvm) {
-        (None, _) => (None, "There is no program to run machines with.".to_owned()),
-        (Some(_), Ok(_)) => (Some("auto"), "KVM can be opened. If the first start finds it slow (emulated itself), QEMU emulates instead (TCG).".to_owned()),
-        (Some(_), Err(_)) => (
-            Some("tcg"),
-            "KVM cannot be used here, so QEMU emulates (TCG). QEMU does not call TCG a security boundary: what holds \
-             is the jail around it."
-                .to_owned(),
-        ),
-    };
-    Choice { isolation: isolation.map(str::to_owned), reason, checks: vec![kvm_check, qemu_check] }
+    let monitor = monitor(&chosen.monitor.probe());
+    let reason = chosen.reason;
+    match chosen.accel {
+        Accel::Kvm => Choice {
+            isolation: Some("kvm".into()),
+            checks: vec![Check::ok("kvm", reason.clone()), monitor],
+            reason,
+        },
+        Accel::Tcg => Choice {
+            isolation: Some("tcg".into()),
+            checks: vec![
+                Check::warn(
+                    "kvm",
+                    reason.clone(),
+                    "sandboxes are emulated: slower, and held by the jail only",
+                ),
+                monitor,
+            ],
+            reason: format!(
+                "{reason}. QEMU emulates (TCG); QEMU does not call that a security boundary: what holds is the jail \
+                 around it."
+            ),
+        },
+    }
 }
 
-/// The monitor's program: the configured one, or the best in PATH.
-fn monitor(host: &Host) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let find = |name: &Path| match name.components().count() {
-        1 => std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file()),
-        _ => name.is_file().then(|| name.to_owned()),
-    };
-    match host.config.qemu() {
-        Some(name) => find(&name),
-        None => MONITORS.iter().find_map(|name| find(Path::new(name))),
+fn monitor(probe: &Probe) -> Check {
+    let path = probe.path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    match probe.problems.first() {
+        None => Check::ok("monitor", format!("QEMU {} ({path})", probe.version.as_deref().unwrap_or("?"))),
+        Some(problem) => {
+            let (detail, hint) =
+                problem.split_once("; ").unwrap_or((problem, "install another version of QEMU"));
+            Check::fail("monitor", detail, hint)
+        }
     }
 }
 

@@ -56,7 +56,7 @@ impl Check {
 struct Report {
     /// The worst of all checks.
     state: State,
-    /// `kvm`, `tcg`, or `auto` when the first start will decide; null when nothing works.
+    /// `kvm` or `tcg`; null when nothing works.
     isolation: Option<String>,
     /// Why that one.
     reason: String,
