@@ -73,7 +73,7 @@ pub fn choice(host: &Host) -> Choice {
                 Check::warn(
                     "kvm",
                     reason.clone(),
-                    "sandboxes are emulated: slower, and held by the jail only",
+                    "use a machine whose processor virtualises for it: bare metal, or a virtual machine with nested KVM",
                 ),
                 monitor,
             ],
