@@ -5,7 +5,6 @@ PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs
 PACKAGES_TEST  := erofs-utils skopeo umoci attr
 PACKAGES_BENCH := runc crun runsc
-PACKAGES_KERNEL := bc bison flex libelf-dev make xz-utils
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,8 +18,8 @@ OUT    := $(CARGO_TARGET_DIR)/release
 KAPSEL := $(OUT)/kapsel
 AGENT  := $(OUT)/guest/kapsel-agent
 
-.PHONY: help run test build agent image man kernel bench clean cargo \
-        packages-build packages-run packages-test packages-bench packages-kernel
+.PHONY: help run test test-kvm build agent image man bench clean cargo \
+        packages-build packages-run packages-test packages-bench
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +39,6 @@ packages-build: ; $(call install,$(PACKAGES_BUILD))
 packages-run: packages-build ; $(call install,$(PACKAGES_RUN))
 packages-test: packages-run ; $(call install,$(PACKAGES_TEST))
 packages-bench: packages-test ; $(call install,$(PACKAGES_BENCH))
-packages-kernel: ; $(call install,$(PACKAGES_KERNEL))
 
 cargo:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust stable (1.95 or newer) with rustup, then run make again" >&2; exit 1; }
@@ -63,13 +61,13 @@ run: image ## set up this machine, then run a container in a microVM
 test: build packages-test ## the whole test suite
 	@.ci/test
 
+test-kvm: build packages-test ## the tests of kapsel-vmm on real KVM: this machine's, or an emulated host's
+	@cargo test --release -p kapsel-kvmbox -p kapsel-devices -p kapsel-vmm -- --test-threads=2
+
 man: build ## man pages and completions, into $(OUT)/man and $(OUT)/completions
 	@$(KAPSEL) man $(OUT)/man
 	@mkdir -p $(OUT)/completions
 	@for s in bash zsh fish; do $(KAPSEL) completions $$s > $(OUT)/completions/kapsel.$$s; done
-
-kernel: packages-kernel ## build the slim guest kernel from Debian's source (about 8 minutes on two cores)
-	@$(MAKE) -C guest kernel
 
 bench: image packages-bench ## measure side by side with runc, crun, runsc and QEMU by hand
 	@cargo run --release -p kapsel-benches -- all

@@ -87,9 +87,7 @@ pub(super) enum Memory {
     Anonymous,
     /// A file, written through: a template in the making.
     File,
-    /// A template's file, copied page by page as it is written to.
-    Private,
-    /// A memfd, shared with the back ends of shared directories.
+    /// A memfd: of a clone, or shared with the back ends of shared directories.
     Shared,
 }
 
@@ -226,7 +224,6 @@ fn memory_backend(spec: &MachineSpec, memory: Memory) -> String {
     match memory {
         Memory::Anonymous => format!("memory-backend-ram,{size}"),
         Memory::File => format!("memory-backend-file,{size},mem-path={},share=on", paths::MEMORY),
-        Memory::Private => format!("memory-backend-file,{size},mem-path={},share=off", paths::MEMORY),
         Memory::Shared => {
             format!("memory-backend-file,{size},mem-path={}/{},share=on", paths::DESCRIPTORS, fds::MEMORY)
         }

@@ -136,15 +136,11 @@ impl Monitor for Qemu {
         let state = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
         let mut start = Start { state: Some(state), ..Start::default() };
         let file = snapshot.dir.join("memory");
-        let memory = if spec.shares.is_empty() {
-            start.memory_file = Some(file);
-            Memory::Private
-        } else {
-            let copy = tokio::task::spawn_blocking(move || snapshot::copy_memory(&file)).await;
-            start.memory_fd =
-                Some(copy.map_err(std::io::Error::other).context(|| "cannot copy memory".into())??);
-            Memory::Shared
-        };
+        // Not mapped privately: QEMU before 8.1 punches what the guest reports as free out of the file behind such a mapping, which
+        // would eat the template; and a taken-over monitor could write to a file that it has open.
+        let memory = Memory::Shared;
+        let copy = tokio::task::spawn_blocking(move || snapshot::copy_memory(&file)).await;
+        start.memory_fd = Some(copy.map_err(std::io::Error::other).context(|| "cannot copy memory".into())??);
         let prepared = begun.elapsed();
         let (process, mut qmp) = Process::start(&self.program, spec, memory, start).await?;
         let spawned = begun.elapsed() - prepared;

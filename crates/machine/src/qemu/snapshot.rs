@@ -27,7 +27,7 @@ pub(super) struct Meta {
     memory_mib: u32,
     disks: Vec<(String, u64, bool)>,
     /// When the memory file was last changed, seconds and nanoseconds. A monitor that was taken over could write to the file, since
-    /// QEMU opens it for writing even to map it privately; it cannot set this time.
+    /// The monitor that made it could write to it, but cannot set this time.
     memory_changed: (i64, i64),
 }
 
