@@ -18,7 +18,7 @@ OUT    := $(CARGO_TARGET_DIR)/release
 KAPSEL := $(OUT)/kapsel
 AGENT  := $(OUT)/guest/kapsel-agent
 
-.PHONY: help run test test-kvm build agent image man bench clean cargo \
+.PHONY: help run test test-e2e test-kvm build agent image man bench clean cargo \
         packages-build packages-run packages-test packages-bench
 
 help: ## list the targets
@@ -60,6 +60,9 @@ run: image ## set up this machine, then run a container in a microVM
 
 test: build packages-test ## the whole test suite
 	@.ci/test
+
+test-e2e: build packages-test ## the command line's end-to-end suite: real sandboxes, several minutes
+	@cargo test --release -p kapsel --test e2e -- --test-threads=2 --nocapture
 
 test-kvm: build packages-test ## the tests of kapsel-vmm on real KVM: this machine's, or an emulated host's
 	@cargo test --release -p kapsel-kvmbox -p kapsel-devices -p kapsel-vmm -- --test-threads=2

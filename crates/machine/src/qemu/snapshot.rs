@@ -1,8 +1,7 @@
 //! Saved machines on disk: `memory`, `state` and `meta.json`.
 //!
 //! The memory is a sparse file that the saved machine wrote to while it ran (`x-ignore-shared` keeps it out of the state). A machine that
-//! continues from it maps that file privately, so that clones share every page that they do not write to; one with shared directories,
-//! whose back ends must see its memory, gets a copy of the data in a memfd.
+//! continues from it gets a copy of the file's data in a memfd of its own.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
