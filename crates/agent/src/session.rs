@@ -74,5 +74,6 @@ async fn run(session: &impl Channel, sandbox: &Arc<Sandbox>, shutdown: &Arc<Noti
             _ => {}
         }
     }
-    server.disconnect().await;
+    // Waits for its connections, for up to ten seconds; the next session need not.
+    tokio::spawn(async move { server.disconnect().await });
 }
