@@ -53,8 +53,9 @@ fn config(args: &Args) -> Result<Config> {
         xattr: false,
         // Off: opening by handle would need a capability with which any file of the host can be opened.
         inode_file_handles: InodeFileHandlesMode::Never,
-        // So that the guest does not take two files with the same inode number in different mounts for one.
-        announce_submounts: true,
+        // Off, although two files of different mounts may then show one inode number: an announced mount point is one to mount on
+        // first use, and overlayfs, which `kapsel do` lays over a share of /, refuses such directories (EREMOTE).
+        announce_submounts: false,
         // Set-id bits are cleared by the host's kernel on writes, as we have no right to keep them.
         killpriv_v2: false,
         allow_direct_io: false,
