@@ -312,11 +312,6 @@ impl Config {
         self.text(Key::Pull)
     }
 
-    /// Registries to speak plain HTTP with.
-    pub fn insecure_registries(&self) -> Vec<String> {
-        self.text(Key::InsecureRegistries).split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect()
-    }
-
     /// What goes to the log: a `tracing` filter.
     pub fn log_level(&self) -> &str {
         self.text(Key::LogLevel)

@@ -55,7 +55,6 @@ keys! {
     StartTimeout "start_timeout" = "60", |v| number(v, 1, 3600), "seconds for a sandbox to start";
     StopTimeout "stop_timeout" = "10", |v| number(v, 0, 3600), "seconds between stop signal and SIGKILL";
     Pull "pull" = "missing", |v| one_of(v, &["missing", "always", "never"]), "when run pulls an image";
-    InsecureRegistries "insecure_registries" = "", any, "registries spoken to without TLS";
     LogLevel "log_level" = "info", any, "what is logged: error, warn, info, debug, trace or a tracing filter";
 }
 
