@@ -20,6 +20,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 /// Generous: two processors are shared with everything else that CI does.
 const BOOT: Duration = Duration::from_secs(60);
 
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
 struct Guest {
     kernel: PathBuf,
     initramfs: PathBuf,
@@ -35,22 +37,15 @@ static GUEST: LazyLock<Result<Guest, String>> = LazyLock::new(|| {
     let source = std::env::var_os("KAPSEL_KERNEL")
         .map_or(KernelSource::Debian, |path| KernelSource::Path(path.into()));
     let kernel = Kernel::ensure(&data, &source, &mut |_| {}).map_err(|error| error.to_string())?;
+    // For a target of its own: `cargo test` makes examples too, dynamic ones, where it would look for this one.
     let status = Command::new(env!("CARGO"))
-        .args([
-            "rustc",
-            "--quiet",
-            "--release",
-            "--package",
-            "kapsel-machine",
-            "--example",
-            "guest-agent",
-            "--",
-        ])
-        .args(["-C", "target-feature=+crt-static", "-C", "relocation-model=static"])
+        .args(["build", "--quiet", "--profile", "guest", "--target", GUEST_TARGET])
+        .args(["--package", "kapsel-machine", "--example", "guest-agent"])
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .status();
     assert!(status.is_ok_and(|status| status.success()), "the guest's agent builds");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let agent = target.join("release/examples/guest-agent");
+    let agent = target.join(GUEST_TARGET).join("guest/examples/guest-agent");
     let initramfs = Initramfs::build(&data, &agent, &kernel).map_err(|error| error.to_string())?;
     Ok(Guest { kernel: kernel.vmlinux, initramfs })
 });

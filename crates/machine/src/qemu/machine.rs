@@ -22,6 +22,8 @@ use crate::{Attachment, Error, ExitReason, Machine, MachineSpec, Phase, Result, 
 const COMMAND: Duration = Duration::from_secs(5);
 /// How long it may take to save a machine.
 const SAVE: Duration = Duration::from_secs(60);
+/// How long the end of a process may take to be seen after the channel broke.
+const ENDING: Duration = Duration::from_secs(1);
 
 pub(super) struct QemuMachine {
     process: Process,
@@ -168,7 +170,11 @@ impl Machine for QemuMachine {
                     console: self.process.console.lines(20),
                 });
             }
-            Err(source) => return Err(Error::Channel { name: self.spec.name.clone(), source }),
+            // The channel goes with QEMU, a moment before its end is seen: why it ended says more.
+            Err(source) => match tokio::time::timeout(ENDING, self.process.exit()).await {
+                Ok(exit) => return Err(self.ended(exit)),
+                Err(_) => return Err(Error::Channel { name: self.spec.name.clone(), source }),
+            },
         };
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
         let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
