@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_client::Reference as OciReference;
+use oci_spec::distribution::Reference as OciReference;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;

@@ -140,6 +140,72 @@ fn authenticates() {
 }
 
 #[test]
+fn a_token_that_has_expired_is_replaced_once() {
+    let registry = Registry::start();
+    let built = image();
+    registry.push("private", "latest", &built);
+    registry.require_token("user", "secret");
+    let known = PullOptions {
+        auth: Auth::Basic { username: "user".into(), password: "secret".into() },
+        ..anonymous()
+    };
+    // While the first layer is awaited, and before the last one is asked for.
+    registry.fault(&digest(&built.layers[0].blob), Fault::Slow(400));
+    registry.fault(&digest(&built.layers[1].blob), Fault::Slow(400));
+    registry.fault(&digest(&built.layers[2].blob), Fault::Slow(400));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while registry.requests("/token").is_empty() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            registry.expire_tokens();
+        });
+        pull(&store().1, &registry, "private", &known).unwrap();
+    });
+    assert_eq!(registry.requests("/token").len(), 2);
+}
+
+#[test]
+fn token_servers_are_not_believed() {
+    let registry = Registry::start();
+    registry.push("private", "latest", &image());
+    registry.require_token("", "");
+    for (reply, said) in [
+        (vec![b' '; 4 << 20], "longer than"),
+        (b"{}".to_vec(), "without a token"),
+        (br#"{"token":"a\nb: c"}"#.to_vec(), "no header can carry"),
+        (br#"{"token":"wrong"}"#.to_vec(), "docker login"),
+    ] {
+        registry.token_reply(reply);
+        let error = pull(&store().1, &registry, "private", &anonymous()).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+    assert!(registry.requests("/token").iter().all(|request| request.authorization.is_none()));
+}
+
+#[test]
+fn another_server_is_not_shown_our_credentials() {
+    let (registry, storage) = (Registry::start(), Registry::start());
+    let known = PullOptions {
+        auth: Auth::Basic { username: "user".into(), password: "secret".into() },
+        ..anonymous()
+    };
+    for registry in [&registry, &storage] {
+        registry.push("private", "latest", &image());
+    }
+    registry.require_basic("user", "secret");
+    registry.redirect_blobs(&storage);
+    pull(&store().1, &registry, "private", &known).unwrap();
+    assert_eq!(storage.requests("/blobs/").len(), 4);
+    // It asks for them.
+    storage.require_basic("user", "secret");
+    let error = pull(&store().1, &registry, "private", &known).unwrap_err();
+    assert!(matches!(error, Error::Registry { .. }), "{error}");
+    assert!(storage.requests("").iter().all(|request| request.authorization.is_none()));
+}
+
+#[test]
 fn resumes_where_the_connection_broke() {
     let (_dir, store) = store();
     let registry = Registry::start();

@@ -48,6 +48,12 @@ struct State {
     blobs: HashMap<String, Vec<u8>>,
     faults: HashMap<String, Fault>,
     auth: Auth,
+    /// How often tokens have been changed.
+    token_epoch: u32,
+    /// What the token server says instead of giving a token.
+    token_reply: Option<Vec<u8>>,
+    /// Another registry, which has the blobs.
+    blobs_at: Option<SocketAddr>,
     requests: Vec<Request>,
     stopped: bool,
 }
@@ -58,6 +64,7 @@ enum Auth {
     Open,
     Basic(String, String),
     Token(String, String),
+    Identity(String),
 }
 
 /// A request that the registry has seen.
@@ -69,10 +76,10 @@ pub struct Request {
     pub range_start: Option<usize>,
     /// Bytes of the answer's body that were sent.
     pub sent: usize,
-    authorization: Option<String>,
+    /// The `Authorization` header.
+    pub authorization: Option<String>,
+    body: String,
 }
-
-const TOKEN: &str = "a-token-of-the-test-registry";
 
 impl Registry {
     /// Starts an empty registry that everybody may use.
@@ -115,6 +122,26 @@ impl Registry {
     /// Wants a token, which it gives for this user's name and password; for none of them if the name is empty.
     pub fn require_token(&self, user: &str, password: &str) {
         lock(&self.state).auth = Auth::Token(user.into(), password.into());
+    }
+
+    /// Wants a token, which it gives for this identity token.
+    pub fn require_identity(&self, identity_token: &str) {
+        lock(&self.state).auth = Auth::Identity(identity_token.into());
+    }
+
+    /// No longer accepts the tokens that it has given so far.
+    pub fn expire_tokens(&self) {
+        lock(&self.state).token_epoch += 1;
+    }
+
+    /// Answers requests for a token with this body.
+    pub fn token_reply(&self, body: impl Into<Vec<u8>>) {
+        lock(&self.state).token_reply = Some(body.into());
+    }
+
+    /// Sends clients that want a blob to another registry.
+    pub fn redirect_blobs(&self, to: &Registry) {
+        lock(&self.state).blobs_at = Some(to.address);
     }
 
     /// Adds an image under a repository and tag.
@@ -223,14 +250,20 @@ fn read_request(input: &mut impl BufRead) -> std::io::Result<Option<Request>> {
     let mut line = String::new();
     input.take(1 << 16).read_line(&mut line)?;
     let Some(path) = line.split(' ').nth(1) else { return Ok(None) };
-    let mut request = Request { path: path.to_owned(), range_start: None, sent: 0, authorization: None };
+    let path = path.to_owned();
+    let mut request = Request { path, range_start: None, sent: 0, authorization: None, body: String::new() };
+    let mut length = 0;
     loop {
         let mut line = String::new();
         input.take(1 << 16).read_line(&mut line)?;
         let line = line.trim();
-        let Some((name, value)) = line.split_once(':') else { return Ok(Some(request)) };
+        let Some((name, value)) = line.split_once(':') else {
+            input.take(length).read_to_string(&mut request.body)?;
+            return Ok(Some(request));
+        };
         match name.to_ascii_lowercase().as_str() {
             "authorization" => request.authorization = Some(value.trim().to_owned()),
+            "content-length" => length = value.trim().parse().unwrap_or(0),
             "range" => {
                 let start = value.trim().trim_start_matches("bytes=").split('-').next();
                 request.range_start = start.and_then(|start| start.parse().ok());
@@ -281,6 +314,9 @@ fn answer(request: &Request, address: SocketAddr, state: &Mutex<State>) -> Answe
                 None => Answer::new(404, br#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#.to_vec()),
             }
         }
+        [.., "blobs", _] if let Some(other) = state.blobs_at => {
+            Answer::new(307, Vec::new()).with("Location", format!("http://{other}{}", request.path))
+        }
         [.., "blobs", name] => match state.blobs.get(*name).cloned() {
             Some(blob) => with_fault(Answer::new(200, blob), request, name, &mut state),
             None => Answer::new(404, br#"{"errors":[{"code":"BLOB_UNKNOWN"}]}"#.to_vec()),
@@ -290,20 +326,38 @@ fn answer(request: &Request, address: SocketAddr, state: &Mutex<State>) -> Answe
 }
 
 fn token(request: &Request, state: &State) -> Answer {
-    let Auth::Token(user, password) = &state.auth else { return Answer::new(404, Vec::new()) };
-    let anonymous = user.is_empty() && request.authorization.is_none();
-    if anonymous || request.authorization.as_deref() == Some(&basic(user, password)) {
-        return Answer::new(200, format!(r#"{{"token":"{TOKEN}"}}"#).into_bytes());
+    if let Some(reply) = &state.token_reply {
+        return Answer::new(200, reply.clone());
     }
-    Answer::new(401, b"{}".to_vec())
+    let granted = match &state.auth {
+        Auth::Token(user, _) if user.is_empty() && request.authorization.is_none() => true,
+        Auth::Token(user, password) => request.authorization.as_deref() == Some(&basic(user, password)),
+        Auth::Identity(token) => {
+            let form: Vec<&str> = request.body.split('&').collect();
+            form.contains(&"grant_type=refresh_token") && form.contains(&&*format!("refresh_token={token}"))
+        }
+        Auth::Open | Auth::Basic(..) => return Answer::new(404, Vec::new()),
+    };
+    if !granted {
+        return Answer::new(401, b"{}".to_vec());
+    }
+    let name = if matches!(state.auth, Auth::Identity(_)) { "access_token" } else { "token" };
+    Answer::new(200, format!(r#"{{"{name}":"{}"}}"#, state.token()).into_bytes())
+}
+
+impl State {
+    fn token(&self) -> String {
+        format!("a-token-of-the-test-registry-{}", self.token_epoch)
+    }
 }
 
 fn check_auth(request: &Request, address: SocketAddr, state: &State) -> Option<Answer> {
     let (expected, challenge) = match &state.auth {
         Auth::Open => return None,
         Auth::Basic(user, password) => (basic(user, password), "Basic realm=\"test\"".to_owned()),
-        Auth::Token(..) => {
-            (format!("Bearer {TOKEN}"), format!("Bearer realm=\"http://{address}/token\",service=\"test\""))
+        Auth::Token(..) | Auth::Identity(_) => {
+            let challenge = format!("Bearer realm=\"http://{address}/token\",service=\"test\"");
+            (format!("Bearer {}", state.token()), challenge)
         }
     };
     let denied = br#"{"errors":[{"code":"UNAUTHORIZED"}]}"#.to_vec();

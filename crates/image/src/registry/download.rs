@@ -6,20 +6,22 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
-use oci_client::client::BlobResponse;
-use oci_client::errors::OciDistributionError;
 use oci_spec::image::Descriptor;
+use reqwest::StatusCode;
 use tokio::sync::mpsc;
 
-use super::session::{Session, cut, failure};
+use super::session::{Refusal, Session, cut, failure};
 use crate::digest::Hasher;
 use crate::error::{IoContext, Result};
 use crate::progress::{Phase, Progress, ProgressItem};
 use crate::store::{Claim, Claimed, LOCK_POLL, Store, digest_of};
 use crate::{Digest, Error};
 
-/// Attempts that bring no byte before a download is given up.
+/// Attempts in a row that bring next to nothing before a download is given up.
 const ATTEMPTS: u32 = 4;
+/// Bytes by which an attempt counts as one that got on. Without a least number, a registry could drop the connection
+/// after every byte, and never be given up.
+const PROGRESS: u64 = 16 << 10;
 /// The pause before the second attempt; it doubles each time.
 const PAUSE: Duration = Duration::from_millis(250);
 /// Pieces between the network and the disk.
@@ -110,7 +112,7 @@ impl Download<'_> {
                     return Err(Error::DigestMismatch { what, expected: self.digest, actual: digest });
                 }
                 Attempt::Stale if !fresh => truncate(claim)?,
-                _ if reached > resumed => failures = 0,
+                _ if reached >= resumed + PROGRESS => failures = 0,
                 Attempt::Short | Attempt::Stale if failures + 1 >= ATTEMPTS => {
                     return Err(Error::SizeMismatch { what, expected: self.size, actual: reached });
                 }
@@ -132,47 +134,30 @@ impl Download<'_> {
         if writer.length == self.size {
             return Ok(Attempt::Complete);
         }
-        let digest = self.digest.to_string();
-        let client = self.session.client();
-        let reference = self.session.oci_reference();
-        let response = client.pull_blob_stream_partial(reference, digest.as_str(), writer.length, None).await;
-        let mut stream = match response {
-            Ok(BlobResponse::Partial(stream)) => {
-                // The library does not show where the answer begins, but its length tells; the digest has the last word.
-                if stream.content_length.is_some_and(|length| length > self.size - writer.length) {
-                    writer.restart().await?;
-                }
-                stream
-            }
-            Ok(BlobResponse::Full(stream)) => {
-                if writer.length > 0 {
-                    writer.restart().await?;
-                }
-                stream
-            }
-            Err(OciDistributionError::ServerError { code: 416, .. }) => return Ok(Attempt::Stale),
-            Err(error) if is_transient(&error) => {
-                let Error::Registry { reason, .. } = self.session.error("download", error) else {
-                    return Ok(Attempt::Short);
-                };
-                return Ok(Attempt::Broken(reason));
-            }
-            Err(error) => return Err(self.session.error(&format!("download blob {digest}"), error)),
+        let what = format!("blob {}", self.digest);
+        let (response, start) = match self.session.blob(&self.digest, writer.length).await {
+            Ok(answer) => answer,
+            Err(Refusal::Status(StatusCode::RANGE_NOT_SATISFIABLE)) => return Ok(Attempt::Stale),
+            Err(refusal) if refusal.is_transient() => return Ok(Attempt::Broken(refusal.reason())),
+            Err(refusal) => return Err(self.session.error(&format!("download {what}"), &refusal)),
         };
-        while let Some(piece) = stream.next().await {
+        if start == 0 && writer.length > 0 {
+            writer.restart().await?;
+        }
+        if start != writer.length {
+            return Ok(Attempt::Stale);
+        }
+        let mut body = response.bytes_stream();
+        while let Some(piece) = body.next().await {
             let piece = match piece {
                 Ok(piece) => piece,
-                // The client verifies whole answers itself; this library does so below, and says it better.
-                Err(_) if writer.length >= self.size => break,
-                Err(error) => return Ok(Attempt::Broken(cut(&format!("the connection broke: {error}")))),
+                Err(error) => {
+                    return Ok(Attempt::Broken(cut(&format!("the connection broke: {error}"))));
+                }
             };
-            if writer.length + piece.len() as u64 > self.size {
-                let what = format!("blob {digest}");
-                return Err(Error::SizeMismatch {
-                    what,
-                    expected: self.size,
-                    actual: writer.length + piece.len() as u64,
-                });
+            let reached = writer.length + piece.len() as u64;
+            if reached > self.size {
+                return Err(Error::SizeMismatch { what, expected: self.size, actual: reached });
             }
             writer.write(piece).await?;
             self.report(writer.length);
@@ -185,15 +170,6 @@ impl Download<'_> {
             self.item.advance(length - self.reported);
             self.reported = length;
         }
-    }
-}
-
-/// Whether the same request may succeed later.
-fn is_transient(error: &OciDistributionError) -> bool {
-    match error {
-        OciDistributionError::RequestError(error) => error.status().is_none(),
-        OciDistributionError::ServerError { code, .. } => *code == 408 || *code == 429 || *code >= 500,
-        _ => false,
     }
 }
 

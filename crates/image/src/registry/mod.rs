@@ -1,5 +1,6 @@
 //! Pulling images from registries (OCI distribution spec).
 
+mod auth;
 mod credentials;
 mod download;
 mod session;

@@ -1,16 +1,19 @@
-//! A conversation with one registry about one repository.
+//! A conversation with one registry about one repository (OCI distribution spec).
+//!
+//! Written upon an HTTP client rather than a registry client, because a registry is not to be trusted: everything that
+//! is read whole has a bound and a deadline, only the registry itself is shown our credentials, and one on this machine
+//! is never reached by way of a proxy.
 
 use std::time::Duration;
 
 use futures::StreamExt;
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::errors::OciDistributionError;
-use oci_client::{Client, Reference as OciReference, RegistryOperation, secrets::RegistryAuth};
 use oci_spec::image::MediaType;
-use reqwest::StatusCode;
-use reqwest::header::{ACCEPT, CONTENT_TYPE};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
+use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
+use tokio::sync::Mutex;
 
+use super::auth::{self, Challenge, Credentials, TokenRequest};
 use super::{MANIFEST_TYPES, credentials, known_type};
 use crate::error::Result;
 use crate::options::Auth;
@@ -21,15 +24,20 @@ use crate::{Digest, Error, Reference};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a registry may be silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a manifest or token may take, however steadily it trickles in.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Bytes of a token server's reply. Tokens are headers later, so they are far smaller.
+const MAX_TOKEN_REPLY: u64 = 256 << 10;
 
 /// A registry, and what identifies us to it.
 pub(super) struct Session {
-    client: Client,
-    /// For manifests, which `oci-client` would read without a bound on their size.
     http: reqwest::Client,
+    /// `https://HOST/v2/`, or by plain HTTP.
+    base: Url,
     reference: Reference,
-    auth: RegistryAuth,
-    token: Option<String>,
+    credentials: Credentials,
+    /// The `Authorization` that the registry wants, once it has asked for one.
+    authorization: Mutex<Option<HeaderValue>>,
     document_size: u64,
 }
 
@@ -39,6 +47,18 @@ pub(super) struct Document {
     pub digest: oci_spec::image::Digest,
     pub media_type: MediaType,
     pub is_index: bool,
+}
+
+/// Why a request brought nothing.
+pub(super) enum Refusal {
+    /// There is no talking to the registry.
+    Connection(reqwest::Error),
+    /// It answers with this status.
+    Status(StatusCode),
+    /// What it says makes no sense.
+    Nonsense(String),
+    /// Its answer has more than this many bytes.
+    TooLong(u64),
 }
 
 /// The fields by which the kinds of documents can be told.
@@ -52,50 +72,33 @@ struct Probe {
 }
 
 impl Session {
-    /// Finds the credentials for the repository and, where the registry wants one, gets a token for them.
+    /// Finds the credentials for the repository. Nothing is sent yet.
     pub(super) async fn open(reference: &Reference, auth: &Auth, document_size: u64) -> Result<Session> {
-        let registry = reference.as_oci().resolve_registry().to_owned();
-        let protocol = if is_local(&registry) {
-            ClientProtocol::HttpsExcept(vec![registry])
-        } else {
-            ClientProtocol::Https
-        };
-        let config = ClientConfig {
-            protocol,
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            read_timeout: Some(READ_TIMEOUT),
-            user_agent: concat!("kapsel/", env!("CARGO_PKG_VERSION")),
-            ..ClientConfig::default()
-        };
+        let registry = reference.as_oci().resolve_registry();
+        let local = is_local(registry);
+        let scheme = if local { "http" } else { "https" };
+        let url = format!("{scheme}://{registry}/v2/");
+        let base =
+            url.parse().map_err(|error| failure(reference, "pull", format!("{url} is no URL: {error}")))?;
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT)
-            .user_agent(config.user_agent)
-            .build();
-        let auth = credentials::find(reference, auth).await?;
-        let mut session = Session {
-            http: http.map_err(|error| failure(reference, "pull", describe(&error)))?,
-            client: Client::new(config),
+            .user_agent(concat!("kapsel/", env!("CARGO_PKG_VERSION")))
+            .https_only(!local);
+        // A proxy is elsewhere, where our loopback addresses mean something else. (Go, and so Docker, has it alike.)
+        let http = if local { http.no_proxy() } else { http };
+        Ok(Session {
+            http: http.build().map_err(|error| failure(reference, "pull", describe(&error)))?,
+            base,
             reference: reference.clone(),
-            auth,
-            token: None,
+            credentials: credentials::find(reference, auth).await?,
+            authorization: Mutex::new(None),
             document_size,
-        };
-        let token = session.client.auth(reference.as_oci(), &session.auth, RegistryOperation::Pull).await;
-        session.token = token.map_err(|error| session.error("log in to pull", error))?;
-        Ok(session)
+        })
     }
 
     pub(super) fn reference(&self) -> &Reference {
         &self.reference
-    }
-
-    pub(super) fn client(&self) -> &Client {
-        &self.client
-    }
-
-    pub(super) fn oci_reference(&self) -> &OciReference {
-        self.reference.as_oci()
     }
 
     /// Gets the manifest or index that the reference names, or the one with the digest. It is verified where its
@@ -104,33 +107,123 @@ impl Session {
         let wanted = digest.or(self.reference.digest());
         let tag = self.reference.tag().unwrap_or("latest");
         let name = wanted.map_or_else(|| tag.to_owned(), |digest| digest.to_string());
-        let registry = self.reference.as_oci().resolve_registry();
-        let scheme = if is_local(registry) { "http" } else { "https" };
-        let url = format!("{scheme}://{registry}/v2/{}/manifests/{name}", self.reference.repository());
-        let mut request = self.http.get(url).header(ACCEPT, MANIFEST_TYPES.join(", "));
-        request = match (&self.token, &self.auth) {
-            (Some(token), _) => request.bearer_auth(token),
-            (None, RegistryAuth::Basic(user, password)) => request.basic_auth(user, Some(password)),
-            (None, _) => request,
-        };
-        let action = format!("get the manifest of {}", self.reference.familiar());
-        let failed = |reason| failure(&self.reference, &action, reason);
-        let response = request.send().await.map_err(|error| failed(describe(&error)))?;
-        if !response.status().is_success() {
-            return Err(failed(status_reason(response.status())));
-        }
+        let fetched = tokio::time::timeout(DOCUMENT_TIMEOUT, self.fetch_manifest(&name)).await;
+        let (json, content_type) =
+            fetched.unwrap_or_else(|_| Err(slow())).map_err(|refusal| match refusal {
+                Refusal::TooLong(limit) => {
+                    let what = format!("the manifest of {}", self.reference.familiar());
+                    Error::limit(what, "document_size", limit)
+                }
+                other => self.error(&format!("get the manifest of {}", self.reference.familiar()), &other),
+            })?;
+        self.document(json, wanted, content_type)
+    }
+
+    async fn fetch_manifest(&self, name: &str) -> Result<(Vec<u8>, Option<MediaType>), Refusal> {
+        let accept = HeaderValue::from_str(&MANIFEST_TYPES.join(", "));
+        let accept = accept.map_err(|error| Refusal::Nonsense(error.to_string()))?;
+        let response =
+            self.get(&format!("manifests/{name}"), HeaderMap::from_iter([(ACCEPT, accept)])).await?;
         let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let content_type = content_type.and_then(known_type);
-        let mut json = Vec::new();
-        let mut body = response.bytes_stream();
-        while let Some(piece) = body.next().await {
-            json.extend_from_slice(&piece.map_err(|error| failed(describe(&error)))?);
-            if json.len() as u64 > self.document_size {
-                let what = format!("the manifest of {}", self.reference.familiar());
-                return Err(Error::limit(what, "document_size", self.document_size));
+        Ok((read_whole(response, self.document_size).await?, content_type))
+    }
+
+    /// Begins to get a blob from the byte `offset` on. Also returns where the answer really begins: not every registry
+    /// can continue.
+    pub(super) async fn blob(&self, digest: &Digest, offset: u64) -> Result<(Response, u64), Refusal> {
+        let mut headers = HeaderMap::new();
+        if offset > 0 {
+            let range = HeaderValue::from_str(&format!("bytes={offset}-"));
+            headers.insert(RANGE, range.map_err(|error| Refusal::Nonsense(error.to_string()))?);
+        }
+        let response = self.get(&format!("blobs/{digest}"), headers).await?;
+        let start = match response.status() {
+            StatusCode::PARTIAL_CONTENT => range_start(response.headers())
+                .ok_or_else(|| Refusal::Nonsense("it answers with a part and does not say which".into()))?,
+            _ => 0,
+        };
+        Ok((response, start))
+    }
+
+    /// Asks for something of the repository. Logs in when the registry asks for it, and anew when a token has expired.
+    async fn get(&self, path: &str, headers: HeaderMap) -> Result<Response, Refusal> {
+        let path = format!("{}/{path}", self.reference.repository());
+        let url = self.base.join(&path).map_err(|error| Refusal::Nonsense(error.to_string()))?;
+        let mut authorization = self.authorization.lock().await.clone();
+        let mut refused = false;
+        loop {
+            let mut request = self.http.get(url.clone()).headers(headers.clone());
+            if let Some(authorization) = &authorization {
+                request = request.header(AUTHORIZATION, authorization.clone());
+            }
+            let response = request.send().await.map_err(Refusal::Connection)?;
+            let status = response.status();
+            if status.is_success() {
+                return Ok(response);
+            }
+            // Another server, to which the registry has sent us, is not shown our credentials.
+            let ours = response.url().origin() == self.base.origin();
+            match Challenge::find(response.headers()).filter(|_| ours && status == StatusCode::UNAUTHORIZED) {
+                Some(challenge) if !refused => {
+                    refused = true;
+                    authorization = Some(self.log_in(challenge, authorization.as_ref()).await?);
+                }
+                _ => return Err(Refusal::Status(status)),
             }
         }
-        self.document(json, wanted, content_type)
+    }
+
+    /// Answers a challenge; `refused` is what the registry did not accept. Of requests that are refused at once, one
+    /// logs in.
+    async fn log_in(
+        &self,
+        challenge: Challenge,
+        refused: Option<&HeaderValue>,
+    ) -> Result<HeaderValue, Refusal> {
+        let mut current = self.authorization.lock().await;
+        if let Some(newer) = current.as_ref().filter(|current| Some(*current) != refused) {
+            return Ok(newer.clone());
+        }
+        let header = match (challenge, &self.credentials) {
+            (Challenge::Bearer { realm, service }, _) => self.token(&realm, service.as_deref()).await?,
+            (Challenge::Basic, Credentials::Basic { user, password }) => {
+                let request = self.http.get(self.base.clone()).basic_auth(user, Some(password));
+                let headers = request.build().map_err(Refusal::Connection)?;
+                let header = headers.headers().get(AUTHORIZATION).cloned();
+                header.ok_or(Refusal::Status(StatusCode::UNAUTHORIZED))?
+            }
+            (Challenge::Basic, _) => return Err(Refusal::Status(StatusCode::UNAUTHORIZED)),
+        };
+        Ok(current.insert(header).clone())
+    }
+
+    /// Gets a token from the registry's token server.
+    async fn token(&self, realm: &str, service: Option<&str>) -> Result<HeaderValue, Refusal> {
+        let in_the_clear = self.base.scheme() == "http";
+        let repository = self.reference.repository();
+        let request = TokenRequest::new(realm, service, repository, &self.credentials, in_the_clear);
+        let request = match (request.map_err(|reason| Refusal::Nonsense(cut(&reason)))?, &self.credentials) {
+            (TokenRequest::Get(url), Credentials::Basic { user, password }) => {
+                self.http.get(url).basic_auth(user, Some(password))
+            }
+            (TokenRequest::Get(url), _) => self.http.get(url),
+            (TokenRequest::Post(url, form), _) => {
+                self.http.post(url).header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(form)
+            }
+        };
+        let response = request.timeout(DOCUMENT_TIMEOUT).send().await.map_err(Refusal::Connection)?;
+        match response.status() {
+            status if !status.is_success() => return Err(Refusal::Status(status)),
+            _ => {}
+        }
+        let reply = read_whole(response, MAX_TOKEN_REPLY).await.map_err(|refusal| match refusal {
+            Refusal::TooLong(limit) => {
+                Refusal::Nonsense(format!("its token server's reply is longer than {limit} bytes"))
+            }
+            other => other,
+        })?;
+        auth::bearer(&reply).map_err(Refusal::Nonsense)
     }
 
     fn document(
@@ -176,18 +269,57 @@ impl Session {
         Ok(Document { json, digest, is_index: is_index(&media_type), media_type })
     }
 
-    /// Translates an error of the client.
-    pub(super) fn error(&self, action: &str, error: OciDistributionError) -> Error {
-        let reason = match error {
-            OciDistributionError::RequestError(error) => describe(&error),
-            OciDistributionError::ServerError { code, .. } => StatusCode::from_u16(code)
-                .map_or_else(|_| format!("it answers with code {code}"), status_reason),
-            OciDistributionError::UnauthorizedError { .. } => status_reason(StatusCode::UNAUTHORIZED),
-            OciDistributionError::AuthenticationFailure(_) => status_reason(StatusCode::UNAUTHORIZED),
-            other => cut(&other.to_string()),
-        };
-        failure(&self.reference, action, reason)
+    /// The error of a request.
+    pub(super) fn error(&self, action: &str, refusal: &Refusal) -> Error {
+        failure(&self.reference, action, refusal.reason())
     }
+}
+
+impl Refusal {
+    /// Whether the same request may succeed later.
+    pub(super) fn is_transient(&self) -> bool {
+        match self {
+            Refusal::Connection(error) => !error.is_builder() && !error.is_redirect(),
+            Refusal::Status(status) => {
+                matches!(*status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
+                    || status.is_server_error()
+            }
+            Refusal::Nonsense(_) | Refusal::TooLong(_) => false,
+        }
+    }
+
+    /// What is wrong, and where known what to do.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Refusal::Connection(error) => describe(error),
+            Refusal::Status(status) => status_reason(*status),
+            Refusal::Nonsense(reason) => reason.clone(),
+            Refusal::TooLong(limit) => format!("its answer is longer than {limit} bytes"),
+        }
+    }
+}
+
+fn slow() -> Refusal {
+    Refusal::Nonsense(format!("it has not answered for {} s; try again later", DOCUMENT_TIMEOUT.as_secs()))
+}
+
+/// Reads an answer of at most `limit` bytes.
+async fn read_whole(response: Response, limit: u64) -> Result<Vec<u8>, Refusal> {
+    let mut data = Vec::new();
+    let mut body = response.bytes_stream();
+    while let Some(piece) = body.next().await {
+        data.extend_from_slice(&piece.map_err(Refusal::Connection)?);
+        if data.len() as u64 > limit {
+            return Err(Refusal::TooLong(limit));
+        }
+    }
+    Ok(data)
+}
+
+/// The first byte's place in `Content-Range: bytes 7-9/10`.
+fn range_start(headers: &HeaderMap) -> Option<u64> {
+    let range = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    range.strip_prefix("bytes ")?.split('-').next()?.trim().parse().ok()
 }
 
 /// The error of a registry.
@@ -217,6 +349,8 @@ fn describe(error: &reqwest::Error) -> String {
         "it cannot be reached; check the registry's name and the network".to_owned()
     } else if error.is_timeout() {
         "it does not answer; try again later".to_owned()
+    } else if error.is_redirect() {
+        "it redirects to where kapsel does not follow; ask whoever runs it".to_owned()
     } else {
         "the connection failed; try again".to_owned()
     };
