@@ -3,6 +3,7 @@
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
+use crate::calls::{SystemCall, SystemCalls, only};
 use crate::chain::{Buffers, Chain};
 use crate::queue::{Queue, QueueError};
 use crate::{Activation, Device, Event, Kind, Memory};
@@ -18,6 +19,9 @@ const PAGES_PER_MIB: u32 = 256;
 const REQUEST_PAGES_MAX: usize = 4096;
 /// Where the driver says how large the balloon is, in the configuration space.
 const ACTUAL: u64 = 4;
+
+/// Pages go back to the host.
+const CALLS: &[SystemCall] = &[only(libc::SYS_madvise, 2, libc::MADV_DONTNEED as u32)];
 
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
@@ -98,6 +102,10 @@ impl Device for Balloon {
     fn reset(&mut self) {
         self.queues = [None, None, None];
         self.actual = 0;
+    }
+
+    fn system_calls(&self) -> SystemCalls {
+        SystemCalls { events: CALLS, registers: &[] }
     }
 
     fn handle(&mut self, event: Event) -> Result<bool, QueueError> {

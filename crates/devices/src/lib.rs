@@ -12,6 +12,7 @@
 
 pub mod balloon;
 pub mod block;
+pub mod calls;
 pub mod chain;
 mod interrupt;
 pub mod mmio;
@@ -24,6 +25,7 @@ mod testing;
 
 use std::os::fd::BorrowedFd;
 
+use calls::SystemCalls;
 pub use interrupt::Interrupt;
 use queue::{Queue, QueueError};
 
@@ -110,6 +112,11 @@ pub trait Device: Send {
     /// device's whole life; a device with many of its own gives one that stands for all (epoll).
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
+    }
+
+    /// The system calls that the device makes. A monitor allows no others.
+    fn system_calls(&self) -> SystemCalls {
+        SystemCalls::default()
     }
 
     /// Works on what happened, for a bounded time. Only called while the device is active. True when there is more to do

@@ -2,6 +2,7 @@
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::calls::SystemCalls;
 use crate::queue::{QueueConfig, QueueError};
 use crate::{Activation, Device, Event, Interrupt, Memory};
 
@@ -98,6 +99,8 @@ pub trait Slot: Send {
     fn source(&mut self, index: usize);
     /// The descriptors of [`Device::sources`].
     fn sources(&self) -> Vec<std::os::fd::BorrowedFd<'_>>;
+    /// The calls of [`Device::system_calls`].
+    fn system_calls(&self) -> SystemCalls;
 }
 
 /// The registers in front of a device.
@@ -367,6 +370,10 @@ impl<D: Device> Slot for Transport<D> {
 
     fn sources(&self) -> Vec<std::os::fd::BorrowedFd<'_>> {
         self.device.sources()
+    }
+
+    fn system_calls(&self) -> SystemCalls {
+        self.device.system_calls()
     }
 }
 

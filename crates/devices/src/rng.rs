@@ -1,11 +1,14 @@
 //! The entropy device (virtio 1.2, section 5.4).
 
+use crate::calls::{SystemCall, SystemCalls, any};
 use crate::chain::Chain;
 use crate::queue::{Queue, QueueError};
 use crate::{Activation, Device, Event, Kind};
 
 /// A request is given at most this much, in bytes; a driver that wants more asks again.
 const REQUEST_MAX: u64 = 64 * 1024;
+
+const CALLS: &[SystemCall] = &[any(libc::SYS_getrandom)];
 
 /// Gives the guest random bytes of the host's kernel.
 #[derive(Debug, Default)]
@@ -44,6 +47,10 @@ impl Device for Rng {
 
     fn reset(&mut self) {
         self.queue = None;
+    }
+
+    fn system_calls(&self) -> SystemCalls {
+        SystemCalls { events: CALLS, registers: &[] }
     }
 
     fn handle(&mut self, _event: Event) -> Result<bool, QueueError> {

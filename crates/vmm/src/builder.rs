@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
 use crate::config::{CacheType, Config};
+use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
 use crate::machine::{Disk, Handles, Machine, SharedBalloon};
@@ -56,6 +57,9 @@ pub enum Error {
     /// A processor's first state.
     #[error(transparent)]
     Processor(#[from] processor::Error),
+    /// A thread's filter.
+    #[error(transparent)]
+    Confine(#[from] confine::Error),
     /// A disk.
     #[error(transparent)]
     Block(#[from] block::Error),
@@ -64,11 +68,11 @@ pub enum Error {
     Vsock(#[from] vsock::Error),
 }
 
-/// Builds a machine whose console is `output`. Nothing of the guest runs yet.
+/// Builds a machine whose console is `output` and whose threads are confined by `policy`. Nothing of the guest runs yet.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind but the socket of a socket device.
-pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machine, Error> {
+pub fn build(config: &Config, output: Box<dyn io::Write + Send>, policy: &Policy) -> Result<Machine, Error> {
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
     let kvm = open_kvm()?;
     let memory = memory::allocate(config.machine_config.mem_size_mib, config.machine_config.huge_pages)?;
@@ -76,6 +80,7 @@ pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machi
 
     let (console, drained) = create_console(&vm, output)?;
     let Slots { slots, places, disks, balloon, .. } = create_devices(&vm, &memory, config)?;
+    let calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
     let stop = Stop::new(event()?);
     let bus = Arc::new(Bus { console: Mutex::new(console), slots, stop, exits: Exits::default() });
 
@@ -89,8 +94,10 @@ pub fn build(config: &Config, output: Box<dyn io::Write + Send>) -> Result<Machi
     if let Some(first) = vcpus.first() {
         processor::point_at(first, &memory, &kernel)?;
     }
-    let processors = Processors::start(vcpus, &bus)?;
-    Ok(Machine::new(processors, bus, Handles { disks, balloon }, drained, vm, memory)?)
+    let calls = confine::machine(&calls);
+    let processors = Processors::start(vcpus, &bus, &policy.filter(Thread::Processor, &calls.processor)?)?;
+    let filter = policy.filter(Thread::EventLoop, &calls.event_loop)?;
+    Ok(Machine::new(processors, bus, Handles { disks, balloon }, drained, filter, vm, memory)?)
 }
 
 fn open_kvm() -> Result<Kvm, Error> {

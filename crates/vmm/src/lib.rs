@@ -5,6 +5,7 @@ pub mod api;
 pub mod builder;
 mod bus;
 pub mod config;
+pub mod confine;
 mod console;
 mod events;
 pub mod kernel;

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::api::Server;
 use crate::api::control::Running;
 use crate::bus::{Bus, lock};
+use crate::confine::Filter;
 use crate::events::{Events, Source};
 use crate::vcpu::Processors;
 
@@ -38,6 +39,7 @@ pub struct Machine {
     input: Option<Input>,
     handles: Handles,
     api: Option<(Server, Running)>,
+    filter: Filter,
     _vm: VmFd,
     _memory: kapsel_devices::Memory,
 }
@@ -55,6 +57,7 @@ impl Machine {
         bus: Arc<Bus>,
         handles: Handles,
         drained: EventFd,
+        filter: Filter,
         vm: VmFd,
         memory: kapsel_devices::Memory,
     ) -> io::Result<Self> {
@@ -69,8 +72,9 @@ impl Machine {
                 events.watch(descriptor, Source::Device(device, index))?;
             }
         }
+        let (input, api) = (None, None);
         let mut machine =
-            Machine { processors, bus, events, input: None, handles, api: None, _vm: vm, _memory: memory };
+            Machine { processors, bus, events, input, handles, api, filter, _vm: vm, _memory: memory };
         machine.watch_input(drained)?;
         Ok(machine)
     }
@@ -121,11 +125,12 @@ impl Machine {
         }
     }
 
-    /// Runs the machine until it ends.
+    /// Runs the machine until it ends. The calling thread is confined to what a running machine needs, for good.
     ///
     /// # Errors
-    /// When the event loop cannot wait.
+    /// When the thread cannot be confined or the event loop cannot wait.
     pub fn run(&mut self) -> io::Result<End> {
+        self.filter.apply().map_err(io::Error::other)?;
         self.processors.resume();
         loop {
             for source in self.events.wait()? {

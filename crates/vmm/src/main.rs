@@ -1,6 +1,7 @@
 //! `kapsel-vmm`: runs one microVM.
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -11,6 +12,7 @@ use kapsel_vmm::api::Server;
 use kapsel_vmm::api::control::{Answer, Next, PreBoot};
 use kapsel_vmm::builder;
 use kapsel_vmm::config::Config;
+use kapsel_vmm::confine::{self, Policy, Thread};
 use kapsel_vmm::machine::{End, Machine};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -37,6 +39,22 @@ struct Options {
     /// The least important messages that are written: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", ignore_case = true)]
     level: LevelFilter,
+    /// Let the monitor's threads make any system call
+    #[arg(long, conflicts_with = "seccomp_filter")]
+    no_seccomp: bool,
+    /// Confine the monitor's threads by the filters in this JSON file, not by its own
+    #[arg(long, value_name = "FILE")]
+    seccomp_filter: Option<PathBuf>,
+}
+
+impl Options {
+    fn policy(&self) -> Result<Policy, confine::Error> {
+        match &self.seccomp_filter {
+            _ if self.no_seccomp => Ok(Policy::Off),
+            None => Ok(Policy::Declared),
+            Some(path) => Policy::read(path),
+        }
+    }
 }
 
 fn instance_id(id: &str) -> Result<String, String> {
@@ -52,9 +70,13 @@ const CONFIG_MAX: u64 = 1 << 20;
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
-    start_log(&options)?;
-    let server = (!options.no_api).then(|| Server::start(&options.api_sock)).transpose();
+    confine::install_trap(start_log(&options)?)?;
+    let policy = options.policy()?;
+    let filter = policy.filter(Thread::Api, &confine::api())?;
+    let server = (!options.no_api).then(|| Server::start(&options.api_sock, filter)).transpose();
     let server = server.with_context(|| format!("cannot listen at {}", options.api_sock.display()))?;
+    // The machine's console is the monitor's own.
+    let build = |config: &Config| builder::build(config, Box::new(io::stdout()), &policy);
     let pre_boot = |config| PreBoot::new(options.id.clone(), config);
     let mut machine = match (&options.config_file, server) {
         (Some(path), server) => {
@@ -64,7 +86,7 @@ fn main() -> Result<ExitCode> {
             }
             machine
         }
-        (None, Some(server)) => wait_for_start(pre_boot(Config::default()), server)?,
+        (None, Some(server)) => wait_for_start(pre_boot(Config::default()), server, build)?,
         (None, None) => bail!("--no-api needs --config-file"),
     };
     let end = machine.run().context("the machine's event loop failed")?;
@@ -75,15 +97,14 @@ fn main() -> Result<ExitCode> {
     }
 }
 
-/// The machine's console is the monitor's own.
-fn build(config: &Config) -> Result<Machine, builder::Error> {
-    builder::build(config, Box::new(io::stdout()))
-}
-
 /// Has the API put a machine together until it is to start.
-fn wait_for_start(mut pre_boot: PreBoot, server: Server) -> Result<Machine> {
+fn wait_for_start(
+    mut pre_boot: PreBoot,
+    server: Server,
+    build: impl Fn(&Config) -> Result<Machine, builder::Error>,
+) -> Result<Machine> {
     while let Some(call) = server.wait() {
-        pre_boot = match pre_boot.handle(call.request, build) {
+        pre_boot = match pre_boot.handle(call.request, &build) {
             Next::Wait(pre_boot, answer) => {
                 // A client that has gone does not want the answer.
                 let _ = call.reply.send(answer);
@@ -99,17 +120,22 @@ fn wait_for_start(mut pre_boot: PreBoot, server: Server) -> Result<Machine> {
     bail!("the API has ended")
 }
 
-fn start_log(options: &Options) -> Result<()> {
+/// Starts the log and gives its descriptor, which stays open.
+fn start_log(options: &Options) -> Result<RawFd> {
     let subscriber = tracing_subscriber::fmt().with_max_level(options.level).with_ansi(false);
     match &options.log_path {
-        None => subscriber.with_writer(io::stderr).init(),
+        None => {
+            subscriber.with_writer(io::stderr).init();
+            Ok(io::stderr().as_raw_fd())
+        }
         Some(path) => {
             let file = std::fs::File::options().create(true).append(true).open(path);
             let file = file.with_context(|| format!("cannot open the log {}", path.display()))?;
+            let descriptor = file.as_raw_fd();
             subscriber.with_writer(Mutex::new(file)).init();
+            Ok(descriptor)
         }
     }
-    Ok(())
 }
 
 fn read_config(path: &std::path::Path) -> Result<Config> {

@@ -10,6 +10,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, block_signal, clear_signal};
 
 use crate::bus::{Bus, End, lock};
+use crate::confine::Filter;
 
 /// What is wanted of all processors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,11 +56,11 @@ pub struct Processors {
 }
 
 impl Processors {
-    /// Starts a thread for each processor. They wait until [`Processors::resume`].
+    /// Starts a thread for each processor, confined by `filter`. They wait until [`Processors::resume`].
     ///
     /// # Errors
     /// When the host has no more threads or KVM does not take the signal mask.
-    pub fn start(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>) -> io::Result<Self> {
+    pub fn start(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>, filter: &Filter) -> io::Result<Self> {
         let gate = Arc::new(Gate {
             state: Mutex::new(State { wanted: Wanted::Wait, waiting: 0 }),
             changed: Condvar::new(),
@@ -69,9 +70,9 @@ impl Processors {
         block_signal(kick()).map_err(|e| io::Error::other(e.to_string()))?;
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             open_to_kicks(&vcpu)?;
-            let (gate, bus) = (processors.gate.clone(), bus.clone());
+            let (gate, bus, filter) = (processors.gate.clone(), bus.clone(), filter.clone());
             let thread = std::thread::Builder::new().name(format!("vcpu {index}")).stack_size(128 * 1024);
-            processors.threads.push(thread.spawn(move || main(vcpu, &gate, &bus))?);
+            processors.threads.push(thread.spawn(move || main(vcpu, &gate, &bus, &filter))?);
         }
         Ok(processors)
     }
@@ -139,7 +140,10 @@ fn open_to_kicks(vcpu: &VcpuFd) -> io::Result<()> {
     }
 }
 
-fn main(mut vcpu: VcpuFd, gate: &Gate, bus: &Bus) {
+fn main(mut vcpu: VcpuFd, gate: &Gate, bus: &Bus, filter: &Filter) {
+    if let Err(error) = filter.apply() {
+        return bus.stop.because(End::Failure(error.to_string()));
+    }
     while gate.pass() {
         if let Some(end) = run(&mut vcpu, bus) {
             bus.stop.because(end);

@@ -11,6 +11,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use crate::calls::{SystemCall, SystemCalls, any};
 use crate::queue::{Queue, QueueError};
 use crate::{Activation, Device, Event, Kind};
 use file::Backing;
@@ -27,6 +28,20 @@ const RANGES_MAX: u32 = 16;
 const DISCARD_SECTORS_MAX: u32 = 1 << 23;
 /// Sectors that one range of zeroes may have: 1 MiB. It may have to be written.
 const ZERO_SECTORS_MAX: u32 = 2048;
+
+/// Data moves, and another file takes the place of the first.
+const CALLS: &[SystemCall] = &[
+    any(libc::SYS_preadv),
+    any(libc::SYS_pwritev),
+    any(libc::SYS_pwrite64),
+    any(libc::SYS_fdatasync),
+    any(libc::SYS_fallocate),
+    any(libc::SYS_openat),
+    any(libc::SYS_statx),
+    any(libc::SYS_fstat),
+    any(libc::SYS_newfstatat),
+    any(libc::SYS_lseek),
+];
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +153,10 @@ impl Device for Block {
 
     fn reset(&mut self) {
         self.queue = None;
+    }
+
+    fn system_calls(&self) -> SystemCalls {
+        SystemCalls { events: CALLS, registers: &[] }
     }
 
     fn handle(&mut self, _event: Event) -> Result<bool, QueueError> {

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
+use crate::calls::{SystemCall, SystemCalls, any, only};
 use crate::queue::{Queue, QueueError};
 use crate::{Activation, Device, Event, Kind};
 use muxer::Muxer;
@@ -24,6 +25,22 @@ use muxer::Muxer;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const EVENTS: usize = 2;
+
+/// Unix sockets are accepted, connected and watched; there is no other kind of socket.
+const CALLS: &[SystemCall] = &[
+    only(libc::SYS_socket, 0, libc::AF_UNIX as u32),
+    only(libc::SYS_ioctl, 1, libc::FIONBIO as u32),
+    any(libc::SYS_accept4),
+    any(libc::SYS_connect),
+    any(libc::SYS_recvfrom),
+    any(libc::SYS_recvmsg),
+    any(libc::SYS_sendto),
+    any(libc::SYS_sendmsg),
+    any(libc::SYS_shutdown),
+    any(libc::SYS_epoll_ctl),
+];
+/// The listener is watched from the driver's start to its reset.
+const STARTING: &[SystemCall] = &[any(libc::SYS_epoll_ctl)];
 
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +153,10 @@ impl Device for Vsock {
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
         vec![self.muxer.descriptor()]
+    }
+
+    fn system_calls(&self) -> SystemCalls {
+        SystemCalls { events: CALLS, registers: STARTING }
     }
 
     fn handle(&mut self, event: Event) -> Result<bool, QueueError> {

@@ -1,7 +1,5 @@
 //! As much of HTTP/1.1 as the API needs.
 
-use std::io::{self, Read, Write};
-
 /// Longest body, in bytes.
 pub const BODY_MAX: usize = 51_200;
 /// Longest request line and headers together, in bytes.
@@ -24,9 +22,6 @@ pub struct Message {
 /// Why there is no request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The client went, or is too slow.
-    #[error(transparent)]
-    Io(#[from] io::Error),
     /// Not HTTP.
     #[error("Invalid request: {0}.")]
     Syntax(#[from] httparse::Error),
@@ -38,45 +33,44 @@ pub enum Error {
     TooLong(usize),
 }
 
-/// Reads one request; `buffer` keeps what came of the next. `None` at the end of the connection.
-pub fn read(stream: &mut (impl Read + Write), buffer: &mut Vec<u8>) -> Result<Option<Message>, Error> {
-    loop {
-        let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-        let mut request = httparse::Request::new(&mut headers);
-        if let httparse::Status::Complete(head) = request.parse(buffer)? {
-            let method = request.method.unwrap_or_default().to_owned();
-            let path = request.path.unwrap_or_default().to_owned();
-            let framing = Framing::of(request.headers)?;
-            if framing.expects_continue && buffer.len() == head && framing.length > 0 {
-                stream.write_all(b"HTTP/1.1 100 \r\n\r\n")?;
-            }
-            while buffer.len() < head + framing.length {
-                if !fill(stream, buffer)? {
-                    return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-                }
-            }
-            let body = buffer[head..head + framing.length].to_vec();
-            buffer.drain(..head + framing.length);
-            return Ok(Some(Message { method, path, body, keep_alive: framing.keep_alive }));
-        }
-        if buffer.len() > HEAD_MAX {
-            return Err(Error::Unsupported("the headers are too long"));
-        }
-        if !fill(stream, buffer)? {
-            return if buffer.is_empty() {
-                Ok(None)
-            } else {
-                Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
-            };
-        }
-    }
+/// What a connection's bytes so far amount to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// More have to come.
+    Incomplete {
+        /// The client waits for leave to send the body.
+        asks: bool,
+    },
+    /// A request, and how many of the bytes it took.
+    Complete(Message, usize),
 }
 
-fn fill(stream: &mut impl Read, buffer: &mut Vec<u8>) -> io::Result<bool> {
-    let mut bytes = [0; 4096];
-    let count = stream.read(&mut bytes)?;
-    buffer.extend_from_slice(&bytes[..count]);
-    Ok(count > 0)
+/// Looks for a request at the beginning of `bytes`.
+///
+/// # Errors
+/// [`Error`]; where the next request would begin is not known then.
+pub fn parse(bytes: &[u8]) -> Result<Progress, Error> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut request = httparse::Request::new(&mut headers);
+    let httparse::Status::Complete(head) = request.parse(bytes)? else {
+        return if bytes.len() > HEAD_MAX {
+            Err(Error::Unsupported("the headers are too long"))
+        } else {
+            Ok(Progress::Incomplete { asks: false })
+        };
+    };
+    let framing = Framing::of(request.headers)?;
+    let end = head + framing.length;
+    let Some(body) = bytes.get(head..end) else {
+        return Ok(Progress::Incomplete { asks: framing.expects_continue && bytes.len() == head });
+    };
+    let message = Message {
+        method: request.method.unwrap_or_default().to_owned(),
+        path: request.path.unwrap_or_default().to_owned(),
+        body: body.to_vec(),
+        keep_alive: framing.keep_alive,
+    };
+    Ok(Progress::Complete(message, end))
 }
 
 struct Framing {
@@ -116,8 +110,11 @@ impl Framing {
     }
 }
 
-/// Writes a response; without a body when it is empty.
-pub fn write(stream: &mut impl Write, status: u16, body: &str, keep_alive: bool) -> io::Result<()> {
+/// Leave to send a body.
+pub const CONTINUE: &[u8] = b"HTTP/1.1 100 \r\n\r\n";
+
+/// A response; without a body when it is empty.
+pub fn response(status: u16, body: &str, keep_alive: bool) -> Vec<u8> {
     let connection = if keep_alive { "keep-alive" } else { "close" };
     let mut response = format!("HTTP/1.1 {status} \r\nServer: kapsel-vmm\r\nConnection: {connection}\r\n");
     if !body.is_empty() {
@@ -125,78 +122,71 @@ pub fn write(stream: &mut impl Write, status: u16, body: &str, keep_alive: bool)
     }
     response.push_str("\r\n");
     response.push_str(body);
-    stream.write_all(response.as_bytes())
+    response.into_bytes()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Gives its input in pieces of `step` bytes and forgets what is written.
-    struct Pieces<'a>(&'a [u8], usize);
-
-    impl Read for Pieces<'_> {
-        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-            let count = self.1.min(self.0.len()).min(into.len());
-            into[..count].copy_from_slice(&self.0[..count]);
-            self.0 = &self.0[count..];
-            Ok(count)
+    fn message(text: &str) -> Result<Message, Error> {
+        match parse(text.as_bytes())? {
+            Progress::Complete(message, _) => Ok(message),
+            Progress::Incomplete { .. } => panic!("{text:?} is incomplete"),
         }
-    }
-
-    impl Write for Pieces<'_> {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn read_one(text: &str) -> Result<Option<Message>, Error> {
-        read(&mut Pieces(text.as_bytes(), 7), &mut Vec::new())
     }
 
     #[test]
-    fn two_requests_in_any_pieces_are_two_requests() {
-        let text =
-            b"PUT /vm HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}GET / HTTP/1.1\r\nconnection: close\r\n\r\n";
-        for step in 1..text.len() {
-            let (mut stream, mut buffer) = (Pieces(text, step), Vec::new());
-            let first = read(&mut stream, &mut buffer).unwrap().unwrap();
-            assert_eq!(
-                (first.method.as_str(), first.path.as_str(), first.body.as_slice()),
-                ("PUT", "/vm", &b"{}"[..])
-            );
-            let second = read(&mut stream, &mut buffer).unwrap().unwrap();
-            assert_eq!((second.method.as_str(), second.keep_alive), ("GET", false));
-            assert_eq!(read(&mut stream, &mut buffer).unwrap(), None);
+    fn two_requests_are_two_requests_and_nothing_less_is_one() {
+        let first = "PUT /vm HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}";
+        let text = format!("{first}GET / HTTP/1.1\r\nconnection: close\r\n\r\n");
+        for end in 0..first.len() {
+            assert_eq!(parse(&text.as_bytes()[..end]).unwrap(), Progress::Incomplete { asks: false });
         }
+        let Progress::Complete(message, used) = parse(text.as_bytes()).unwrap() else {
+            panic!("a whole request is there")
+        };
+        assert_eq!((used, message.path.as_str(), message.body.as_slice()), (first.len(), "/vm", &b"{}"[..]));
+        let Progress::Complete(message, used) = parse(&text.as_bytes()[used..]).unwrap() else {
+            panic!("another one is there")
+        };
+        assert_eq!(
+            (used, message.method.as_str(), message.keep_alive),
+            (text.len() - first.len(), "GET", false)
+        );
+    }
+
+    #[test]
+    fn a_client_that_waits_for_leave_is_noticed_once_its_headers_are_there() {
+        let text = "PUT /vm HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{";
+        let asks = |end| parse(&text.as_bytes()[..end]).unwrap();
+        assert_eq!(asks(text.len() - 2), Progress::Incomplete { asks: false });
+        assert_eq!(asks(text.len() - 1), Progress::Incomplete { asks: true });
+        assert_eq!(asks(text.len()), Progress::Incomplete { asks: false });
     }
 
     #[test]
     fn what_is_too_long_or_ambiguous_is_refused() {
-        let long = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(HEAD_MAX));
-        assert!(matches!(read_one(&long[..HEAD_MAX + 10]), Err(Error::Unsupported(_))));
-        let header = |header: &str| read_one(&format!("PUT / HTTP/1.1\r\n{header}\r\n\r\n"));
+        let long = format!("GET / HTTP/1.1\r\nx: {}", "y".repeat(HEAD_MAX));
+        assert!(matches!(message(&long), Err(Error::Unsupported(_))));
+        let header = |header: &str| message(&format!("PUT / HTTP/1.1\r\n{header}\r\n\r\n"));
         assert!(matches!(header("Content-Length: 51201"), Err(Error::TooLong(51_201))));
         assert!(header("Content-Length: -1").is_err());
         assert!(header("Content-Length: 18446744073709551616").is_err());
         assert!(header("Content-Length: 0\r\nContent-Length: 5").is_err());
         assert!(header("Transfer-Encoding: chunked").is_err());
-        assert!(header("Content-Length: 5").is_err(), "the body is missing");
-        assert!(read_one("nonsense\r\n\r\n").is_err());
+        assert!(message("nonsense\r\n\r\n").is_err());
     }
 
     #[test]
     fn any_prefix_and_any_changed_byte_is_an_error_or_a_request_but_never_a_panic() {
         let text = b"PATCH /drives/a HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody";
         for end in 0..text.len() {
-            let _ = read(&mut Pieces(&text[..end], 5), &mut Vec::new());
+            let _ = parse(&text[..end]);
             for byte in [0, b' ', b'\r', b'\n', b'9', 0xff] {
                 let mut changed = text.to_vec();
                 changed[end] = byte;
-                let _ = read(&mut Pieces(&changed, 64), &mut Vec::new());
+                let _ = parse(&changed);
             }
         }
     }

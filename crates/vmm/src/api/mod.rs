@@ -1,8 +1,9 @@
 //! Firecracker's API: REST over a Unix socket, as far as it is built. A resource that is not built is an unknown path.
 //!
-//! A connection's thread reads a request ([`http`]) and finds out what it asks for ([`request`]); the machine's thread does
+//! The API's thread reads a request ([`connection`], [`http`]) and finds out what it asks for ([`request`]); the machine's thread does
 //! it ([`control`]). Before the start and after it are two types, each with the requests that it can do.
 
+mod connection;
 pub mod control;
 mod http;
 pub mod request;

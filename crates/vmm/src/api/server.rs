@@ -1,23 +1,23 @@
-//! The API's socket: a thread that accepts, and one for each of a few connections.
+//! The API's socket, and the thread behind it.
 
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::connection::Connection;
 use super::control::{Answer, Fault};
-use super::http::{self, Message};
+use super::http::Message;
 use super::request::{self, Request};
+use crate::confine::Filter;
 
 /// More connections have to wait.
 const CONNECTIONS_MAX: usize = 10;
-/// A client that says nothing for so long has gone.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A request and where its answer goes.
 #[derive(Debug)]
@@ -36,23 +36,27 @@ pub struct Server {
 }
 
 /// A connection's end.
-#[derive(Clone)]
 struct Caller {
     calls: Sender<Call>,
     event: Arc<EventFd>,
 }
 
 impl Server {
-    /// Listens at `path`, where nothing may be yet.
+    /// Listens at `path`, where nothing may be yet, in a thread that is confined by `filter`.
     ///
     /// # Errors
     /// When the socket or the thread cannot be made.
-    pub fn start(path: &Path) -> io::Result<Self> {
+    pub fn start(path: &Path, filter: Filter) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         let (sender, calls) = mpsc::channel();
         let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let caller = Caller { calls: sender, event: event.clone() };
-        std::thread::Builder::new().name("api".into()).spawn(move || accept(&listener, &caller))?;
+        std::thread::Builder::new().name("api".into()).spawn(move || {
+            let served = filter.apply().map_err(io::Error::other).and_then(|()| serve(&listener, &caller));
+            if let Err(error) = served {
+                tracing::error!(%error, "the API has ended");
+            }
+        })?;
         Ok(Server { calls, event })
     }
 
@@ -74,53 +78,50 @@ impl Server {
     }
 }
 
-fn accept(listener: &UnixListener, caller: &Caller) {
-    let open = Arc::new(AtomicUsize::new(0));
-    for stream in listener.incoming() {
-        let stream = match stream {
-            Ok(stream) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "an API connection could not be accepted");
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
+/// Everything that the API does, in one thread: the machine does one request at a time anyway.
+fn serve(listener: &UnixListener, caller: &Caller) -> io::Result<()> {
+    let mut connections: Vec<Connection> = Vec::new();
+    loop {
+        let ready = wait(listener, &connections)?;
+        let now = Instant::now();
+        let mut index = 0;
+        connections.retain_mut(|connection| {
+            index += 1;
+            if ready[index - 1] {
+                connection.advance(&mut |message| answer(message, caller))
+            } else {
+                connection.deadline() > now
             }
-        };
-        while open.load(Ordering::Acquire) >= CONNECTIONS_MAX {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        open.fetch_add(1, Ordering::AcqRel);
-        let (caller, counter) = (caller.clone(), open.clone());
-        let thread = std::thread::Builder::new().name("api connection".into()).stack_size(256 * 1024);
-        let spawned = thread.spawn(move || {
-            if let Err(error) = serve(stream, &caller) {
-                tracing::debug!(%error, "an API connection ended");
-            }
-            counter.fetch_sub(1, Ordering::AcqRel);
         });
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "an API connection has no thread");
-            open.fetch_sub(1, Ordering::AcqRel);
+        if ready[index] {
+            accept(listener, &mut connections);
         }
     }
 }
 
-fn serve(mut stream: UnixStream, caller: &Caller) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut buffer = Vec::new();
-    loop {
-        match http::read(&mut stream, &mut buffer) {
-            Ok(None) => return Ok(()),
-            Ok(Some(message)) => {
-                let (status, body) = answer(&message, caller);
-                http::write(&mut stream, status, &body, message.keep_alive)?;
-                if !message.keep_alive {
-                    return Ok(());
-                }
-            }
-            Err(http::Error::Io(error)) => return Err(error),
-            // Where the next request would begin is not known.
-            Err(error) => return http::write(&mut stream, 400, &fault_body(&error.to_string()), false),
+/// Waits for connections and, in the last place, for the listener; says who is ready. A full house does not listen.
+fn wait(listener: &UnixListener, connections: &[Connection]) -> io::Result<Vec<bool>> {
+    let mut descriptors: Vec<_> =
+        connections.iter().map(|connection| PollFd::new(connection, connection.interest())).collect();
+    let welcome = if connections.len() < CONNECTIONS_MAX { PollFlags::IN } else { PollFlags::empty() };
+    descriptors.push(PollFd::new(listener, welcome));
+    let patience = connections.iter().map(Connection::deadline).min();
+    let patience = patience.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    let patience = patience.and_then(|duration| Timespec::try_from(duration).ok());
+    match rustix::event::poll(&mut descriptors, patience.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(descriptors.iter().map(|descriptor| !descriptor.revents().is_empty()).collect())
+}
+
+fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) {
+    match listener.accept().and_then(|(stream, _)| Connection::new(stream)) {
+        Ok(connection) => connections.push(connection),
+        Err(error) => {
+            tracing::warn!(%error, "an API connection could not be accepted");
+            // The reason, such as too many open files, does not go away by trying at once.
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 }
@@ -147,6 +148,6 @@ fn call(request: Request, caller: &Caller) -> Result<Answer, Fault> {
     answer.recv().map_err(|_| Fault::Ended)?
 }
 
-fn fault_body(message: &str) -> String {
+pub(super) fn fault_body(message: &str) -> String {
     serde_json::json!({ "fault_message": message }).to_string()
 }

@@ -142,6 +142,7 @@ pub fn life() -> Result<(), Failed> {
     put_together(&mut client, &files, &small)?;
     client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
     console.wait(0)?;
+    every_thread_is_confined(monitor.0.id())?;
     free_memory_comes_back(monitor.0.id())?;
     change(&mut client, &console, &large)?;
     reader.join().expect("the reader does not panic");
@@ -150,6 +151,20 @@ pub fn life() -> Result<(), Failed> {
         return Err(text.into());
     }
     Ok(())
+}
+
+/// Each with a filter, without a way to more privileges: the API's, the event loop's and two processors', beside what KVM
+/// itself may have.
+fn every_thread_is_confined(monitor: u32) -> Result<(), Failed> {
+    let mut threads = 0;
+    for thread in fs::read_dir(format!("/proc/{monitor}/task"))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        if !status.contains("Seccomp:\t2") || !status.contains("NoNewPrivs:\t1") {
+            return Err(status.into());
+        }
+        threads += 1;
+    }
+    if threads >= 4 { Ok(()) } else { Err(format!("there are {threads} threads").into()) }
 }
 
 fn put_together(client: &mut Client, files: &Files, disk: &Path) -> Result<(), Failed> {

@@ -119,11 +119,17 @@ impl Drop for Monitor {
 impl Monitor {
     /// Its console is at its standard input and output.
     fn start(files: &Files, directory: &Path, config: &Value) -> io::Result<Self> {
+        Self::start_with(files, directory, config, &[])
+    }
+
+    /// As [`Monitor::start`], with more options.
+    fn start_with(files: &Files, directory: &Path, config: &Value, options: &[&str]) -> io::Result<Self> {
         let path = directory.join("config.json");
         fs::write(&path, config.to_string())?;
         let child = Command::new(&files.vmm)
             .args(["--level", "info", "--no-api", "--config-file"])
             .arg(path)
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -289,4 +295,23 @@ pub fn bad_kernels() -> Result<(), Failed> {
         output.expect(!output.status.success() && output.stderr.contains(reason))?;
     }
     Ok(())
+}
+
+/// The whole suite runs under the monitor's own filters; here one that forbids what every machine needs.
+pub fn forbidden_call() -> Result<(), Failed> {
+    let files = Files::here();
+    let directory = tempfile::tempdir()?;
+    let filters = directory.path().join("filters.json");
+    let allow =
+        json!({"default_action": "allow", "filter_action": "trap", "filter": [{"syscall": "getppid"}]});
+    let kvm_run = json!({"index": 1, "type": "dword", "op": "eq", "val": 0xae80});
+    let mut vcpu = allow.clone();
+    vcpu["filter"] = json!([{"syscall": "ioctl", "args": [kvm_run]}]);
+    fs::write(&filters, json!({"api": allow, "vmm": allow, "vcpu": vcpu}).to_string())?;
+    let config = config(&files, &files.vmlinux, "none");
+    let options = ["--seccomp-filter", filters.to_str().expect("a plain path")];
+    let output = Monitor::start_with(&files, directory.path(), &config, &options)?.finish()?;
+    output.expect(output.status.code() == Some(148))?;
+    let message = format!("the vcpu thread made the system call {}", libc::SYS_ioctl);
+    output.expect(output.stderr.contains(&message) && output.console.is_empty())
 }

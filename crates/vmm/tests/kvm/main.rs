@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         ),
         trial("a_guest_without_a_root_panics_and_the_machine_ends", host::panic),
         trial("what_is_not_a_kernel_is_refused_with_a_reason", host::bad_kernels),
+        trial("a_forbidden_system_call_ends_the_monitor", host::forbidden_call),
         trial("a_machine_is_put_together_started_paused_and_changed_through_the_api", api::life),
     ];
     kapsel_kvmbox::test_main(trials, host::prepare)
