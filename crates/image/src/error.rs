@@ -13,7 +13,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A file operation failed.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), advice(source))]
     Io {
         /// What was tried, as in "cannot … PATH".
         action: &'static str,
@@ -96,6 +96,13 @@ pub enum Error {
         text: String,
         /// Why.
         reason: String,
+    },
+
+    /// A platform is not as it should be written.
+    #[error("{text:?} is no platform; write OS/ARCH or OS/ARCH/VARIANT, such as linux/amd64 or linux/arm/v7")]
+    PlatformSyntax {
+        /// The text.
+        text: String,
     },
 
     /// A digest is not `sha256:` and 64 lower-case hex digits.
@@ -225,6 +232,17 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+}
+
+/// What to do about an error of the system, where that is known.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; check the path",
+        io::ErrorKind::PermissionDenied => "; check its owner and mode, or run kapsel as another user",
+        io::ErrorKind::ReadOnlyFilesystem => "; choose another place with --root",
+        _ if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => "; check the disk",
+        _ => "",
+    }
 }
 
 impl Error {

@@ -2,18 +2,22 @@
 
 use std::fmt;
 use std::path::Path;
+use std::str::FromStr;
 
 use oci_spec::image::Descriptor;
 
 use crate::Reference;
+use crate::error::{Error, Result};
 
-/// The platform to choose from a multi-platform image.
+/// The platform to choose from a multi-platform image, written `linux/amd64` or `linux/arm/v7`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
     /// The operating system, `linux`.
     pub os: String,
     /// The architecture as Go names it: `amd64`, `arm64`.
     pub architecture: String,
+    /// The architecture's variant, such as `v7` of `arm`; any where absent.
+    pub variant: Option<String>,
 }
 
 impl Default for Platform {
@@ -24,22 +28,57 @@ impl Default for Platform {
             "aarch64" => "arm64",
             other => other,
         };
-        Platform { os: "linux".into(), architecture: architecture.into() }
+        Platform { os: "linux".into(), architecture: architecture.into(), variant: None }
     }
 }
 
 impl Platform {
     /// Whether a manifest is for this platform; one that does not say is.
     pub(crate) fn fits(&self, manifest: &Descriptor) -> bool {
-        manifest.platform().as_ref().is_none_or(|platform| {
-            platform.os().to_string() == self.os && platform.architecture().to_string() == self.architecture
+        manifest.platform().as_ref().map(Platform::from).is_none_or(|platform| {
+            // The only variant of arm64 that there is, which many indexes leave out.
+            let implied = (platform.architecture == "arm64").then_some("v8");
+            let variant = platform.variant.as_deref().or(implied);
+            platform.os == self.os
+                && platform.architecture == self.architecture
+                && self.variant.as_deref().is_none_or(|wanted| variant == Some(wanted))
         })
+    }
+}
+
+impl FromStr for Platform {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Platform> {
+        let word = |part: &&str| {
+            !part.is_empty()
+                && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        };
+        let parts: Vec<&str> = text.split('/').collect();
+        match parts[..] {
+            [os, architecture, ref variant @ ..] if variant.len() <= 1 && parts.iter().all(word) => {
+                let variant = variant.first().map(|&variant| variant.to_owned());
+                Ok(Platform { os: os.to_owned(), architecture: architecture.to_owned(), variant })
+            }
+            _ => Err(Error::PlatformSyntax { text: text.chars().take(80).collect() }),
+        }
+    }
+}
+
+impl From<&oci_spec::image::Platform> for Platform {
+    fn from(platform: &oci_spec::image::Platform) -> Platform {
+        Platform {
+            os: platform.os().to_string(),
+            architecture: platform.architecture().to_string(),
+            variant: platform.variant().clone(),
+        }
     }
 }
 
 impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        self.variant.iter().try_for_each(|variant| write!(f, "/{variant}"))
     }
 }
 
@@ -105,4 +144,42 @@ pub struct ImportOptions {
     pub entrypoint: Vec<String>,
     /// Environment variables, `NAME=value`, of an image that is made of a rootfs tar.
     pub env: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn platforms_round_trip_and_choose() {
+        let entry = |platform: &str| -> Descriptor {
+            let platform: Platform = platform.parse().unwrap();
+            let mut json = serde_json::json!({ "os": platform.os, "architecture": platform.architecture });
+            if let Some(variant) = platform.variant {
+                json["variant"] = variant.into();
+            }
+            let digest = crate::Digest::of(b"").to_string();
+            let media_type = "application/vnd.oci.image.manifest.v1+json";
+            let json =
+                serde_json::json!({ "mediaType": media_type, "digest": digest, "size": 1, "platform": json });
+            serde_json::from_value(json).unwrap()
+        };
+        for (wanted, there, fits) in [
+            ("linux/amd64", "linux/amd64", true),
+            ("linux/amd64", "linux/arm64", false),
+            ("linux/amd64", "windows/amd64", false),
+            ("linux/arm/v7", "linux/arm/v7", true),
+            ("linux/arm/v7", "linux/arm/v6", false),
+            ("linux/arm", "linux/arm/v6", true),
+            ("linux/arm64/v8", "linux/arm64", true),
+            ("linux/arm64", "linux/arm64/v8", true),
+        ] {
+            let platform: Platform = wanted.parse().unwrap();
+            assert_eq!(platform.to_string(), wanted);
+            assert_eq!(platform.fits(&entry(there)), fits, "{wanted} {there}");
+        }
+        for bad in ["", "linux", "linux/", "/amd64", "a/b/c/d", "Linux/AMD64", "linux/amd64 "] {
+            assert!(bad.parse::<Platform>().is_err(), "{bad:?}");
+        }
+    }
 }

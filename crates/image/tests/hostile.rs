@@ -238,8 +238,14 @@ fn a_full_disk_is_a_clear_error_and_loses_nothing() {
     assert!(matches!(error, Error::DiskFull { .. }), "{error}");
     let store = Store::open(&dir.path().join("store")).unwrap();
     assert_eq!(store.list().unwrap().len(), 2);
+    // Also when nothing at all can be written, images can be removed to make room.
+    let filler = dir.path().join("filler");
+    std::fs::write(&filler, vec![1; 2 << 20]).unwrap_err();
     store.remove("big", &[], false).unwrap();
-    store.prune(&PruneOptions::default()).unwrap();
     store.rootfs(&store.find("kept").unwrap(), &Silent).unwrap();
+    std::fs::write(&filler, vec![1; 2 << 20]).unwrap_err();
+    let pruned = store.prune(&PruneOptions { all: true, in_use: Vec::new() }).unwrap();
+    assert_eq!(pruned.images, ["kept:latest"]);
+    assert!(store.list().unwrap().is_empty());
     drop(disk);
 }

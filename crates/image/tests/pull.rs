@@ -38,7 +38,7 @@ fn store() -> (tempfile::TempDir, Store) {
 }
 
 fn anonymous() -> PullOptions {
-    let platform = Platform { os: "linux".into(), architecture: "amd64".into() };
+    let platform: Platform = "linux/amd64".parse().unwrap();
     PullOptions { auth: Auth::Anonymous, platform, ..PullOptions::default() }
 }
 

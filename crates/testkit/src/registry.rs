@@ -24,6 +24,8 @@ pub enum Fault {
         /// How many answers are so treated.
         times: usize,
     },
+    /// After this many bytes of an answer nothing more comes, until it is healed.
+    Stall(usize),
     /// The blob ends early, and the registry says so in Content-Length.
     Truncated(usize),
     /// One byte is wrong.
@@ -155,13 +157,16 @@ impl Registry {
         );
     }
 
-    /// Adds an index over images for platforms (`os/architecture`).
+    /// Adds an index over images for platforms (`os/architecture` or `os/architecture/variant`).
     pub fn push_index(&self, repository: &str, tag: &str, images: &[(&str, &BuiltImage)]) {
         let entries = images.iter().map(|(platform, image)| {
             self.push(repository, &image.digest(), image);
-            let (os, architecture) = platform.split_once('/').unwrap();
+            let mut parts = platform.split('/');
             let mut entry = image.descriptor();
-            entry["platform"] = serde_json::json!({ "os": os, "architecture": architecture });
+            entry["platform"] = serde_json::json!({ "os": parts.next(), "architecture": parts.next() });
+            if let Some(variant) = parts.next() {
+                entry["platform"]["variant"] = variant.into();
+            }
             entry
         });
         let index = serde_json::json!({
@@ -240,6 +245,9 @@ fn serve(stream: &TcpStream, address: SocketAddr, state: &Mutex<State>) -> std::
     output.write_all(b"\r\n")?;
     output.write_all(&answer.body[..request.sent])?;
     output.flush()?;
+    if answer.stalls {
+        wait_for_healing(&request.path, state);
+    }
     stream.shutdown(std::net::Shutdown::Write)?;
     // Until the client has closed, so that a reset does not destroy what it has not read yet.
     let _ = std::io::copy(&mut (&mut input).take(1 << 16), &mut std::io::sink());
@@ -279,12 +287,14 @@ struct Answer {
     body: Vec<u8>,
     /// Bytes of the body after which the connection is closed.
     cut: usize,
+    /// Whether it is held open before that.
+    stalls: bool,
     delay: Duration,
 }
 
 impl Answer {
     fn new(code: u16, body: Vec<u8>) -> Answer {
-        Answer { code, headers: Vec::new(), body, cut: usize::MAX, delay: Duration::ZERO }
+        Answer { code, headers: Vec::new(), body, cut: usize::MAX, stalls: false, delay: Duration::ZERO }
     }
 
     fn with(mut self, name: &'static str, value: impl Into<String>) -> Answer {
@@ -383,6 +393,15 @@ pub fn base64(data: &[u8]) -> String {
     text
 }
 
+/// Waits until what the path names stalls no longer, or the registry has ended.
+fn wait_for_healing(path: &str, state: &Mutex<State>) {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let stalls = |state: &State| !state.stopped && matches!(state.faults.get(name), Some(Fault::Stall(_)));
+    while stalls(&lock(state)) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Applies the blob's fault, then the request's range.
 fn with_fault(mut answer: Answer, request: &Request, name: &str, state: &mut State) -> Answer {
     let mut ranges = true;
@@ -400,6 +419,7 @@ fn with_fault(mut answer: Answer, request: &Request, name: &str, state: &mut Sta
             *times -= 1;
             spent = *times == 0;
         }
+        Some(Fault::Stall(after)) => (answer.cut, answer.stalls) = (*after, true),
         Some(Fault::Truncated(length)) => answer.body.truncate(*length),
         Some(Fault::Corrupt) => {
             let middle = answer.body.len() / 2;

@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use kapsel_image::{
-    Image, ImportOptions, Inspection, Platform, Progress, PullOptions, PullPolicy, Reference, Source, Store,
+    Image, ImportOptions, Inspection, Progress, PullOptions, PullPolicy, Reference, Source, Store,
 };
 use serde::Serialize;
 
@@ -93,11 +93,14 @@ fn table(listed: &[Listed]) -> Table {
 /// `kapsel pull`.
 pub fn pull(host: &Host, flags: &Pull) -> Outcome {
     let reference: Reference = flags.image.parse()?;
-    let platform = flags.platform.as_deref().map(parse_platform).transpose()?.unwrap_or_default();
+    let platform = flags.platform.clone().unwrap_or_default();
     let options = PullOptions { platform, policy: PullPolicy::Always, ..Default::default() };
     let bars = if flags.quiet { Bars::hidden() } else { Bars::new() };
-    let image = fetch(&host.images()?, &reference, &options, &bars)?;
-    if flags.quiet {
+    let store = host.images()?;
+    let image = fetch(&store, &reference, &options, &bars)?;
+    if flags.json {
+        output::json(&Listed::new(&store.inspect(&image)?));
+    } else if flags.quiet {
         output::print(format!("{}\n", image.digest).as_bytes());
     } else {
         output::print(format!("{} {}\n", reference.familiar(), image.digest).as_bytes());
@@ -115,22 +118,13 @@ pub fn fetch(
     Ok(super::host::runtime()?.block_on(store.pull(reference, options, progress))?)
 }
 
-fn parse_platform(text: &str) -> Result<Platform, Failure> {
-    match text.split('/').collect::<Vec<_>>()[..] {
-        [os, architecture] if !os.is_empty() && !architecture.is_empty() => {
-            Ok(Platform { os: os.into(), architecture: architecture.into() })
-        }
-        _ => Err(Failure::new(format!("'{text}' is no platform")).hint("write OS/ARCH, such as linux/amd64")),
-    }
-}
-
 /// `kapsel import`.
 pub fn import(host: &Host, flags: &Import) -> Outcome {
     let words = |text: &Option<String>| -> Vec<String> {
         text.iter().flat_map(|text| text.split_whitespace()).map(str::to_owned).collect()
     };
     let options = ImportOptions {
-        reference: Some(flags.name.parse()?),
+        reference: flags.name.clone(),
         cmd: words(&flags.cmd),
         entrypoint: words(&flags.entrypoint),
         env: flags.env.iter().filter_map(EnvVar::resolve).collect(),
@@ -148,6 +142,16 @@ pub fn import(host: &Host, flags: &Import) -> Outcome {
     } else {
         store.import(Source::Path(&flags.file), &options, &bars)?
     };
+    if flags.json {
+        // One with several names is there several times.
+        let images: BTreeMap<String, &Image> =
+            images.iter().map(|image| (image.digest.to_string(), image)).collect();
+        let inspected = images.values().map(|image| store.inspect(image));
+        let listed =
+            inspected.map(|inspection| Ok(Listed::new(&inspection?))).collect::<Result<Vec<_>, Failure>>()?;
+        output::json(&listed);
+        return Ok(0);
+    }
     for image in images {
         let name = image.reference.map_or("<none>".into(), |reference| reference.familiar());
         output::print(format!("{name} {}\n", image.digest).as_bytes());

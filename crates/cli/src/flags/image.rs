@@ -1,6 +1,7 @@
 //! Commands about images.
 
 use clap::Args;
+use kapsel_image::{Platform, Reference};
 
 use super::value::EnvVar;
 
@@ -9,11 +10,14 @@ use super::value::EnvVar;
 pub struct Pull {
     /// For another platform than this machine's, such as linux/arm64
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
-    pub platform: Option<String>,
+    pub platform: Option<Platform>,
     /// Print only the digest
-    #[arg(short, long)]
+    #[arg(short, long, conflicts_with = "json")]
     pub quiet: bool,
-    /// Which, such as debian:12 or ghcr.io/owner/name@sha256:...
+    /// Print JSON, as 'kapsel images' does, for this image
+    #[arg(long)]
+    pub json: bool,
+    /// Which, such as debian:12 or localhost:5000/name@sha256:...
     #[arg(value_name = "IMAGE")]
     pub image: String,
 }
@@ -32,9 +36,11 @@ pub struct Images {
 /// Make an image from an archive
 ///
 /// FILE is a docker archive ('docker save'), an OCI archive, or a tar of a root file system, each plain or compressed
-/// with gzip or zstd; '-' for standard input. The last three options are for a root file system, which says nothing
-/// about how to run it.
+/// with gzip or zstd; '-' for standard input. Without NAME, each image keeps the names that it has in the archive.
+///
+/// The options --cmd, --entrypoint and --env are for a root file system, which says nothing about how to run it.
 #[derive(Args, Debug)]
+#[command(allow_missing_positional = true)]
 pub struct Import {
     /// Command of the image; a program and its arguments, separated by blanks
     #[arg(long, value_name = "COMMAND")]
@@ -45,11 +51,14 @@ pub struct Import {
     /// Variable that the image sets; can be given again
     #[arg(short, long = "env", value_name = "KEY=VALUE")]
     pub env: Vec<EnvVar>,
-    /// Name to give the image
+    /// Print JSON, as 'kapsel images' does, for the imported images
+    #[arg(long)]
+    pub json: bool,
+    /// Name to give the image; a root file system needs one
     #[arg(value_name = "NAME")]
-    pub name: String,
+    pub name: Option<Reference>,
     /// The archive, or '-'
-    #[arg(value_name = "FILE")]
+    #[arg(value_name = "FILE", required = true)]
     pub file: std::path::PathBuf,
 }
 

@@ -54,7 +54,7 @@ fn resolve(
     if !is_index(entry.media_type()) {
         let fits = import.options.platform.fits(entry);
         if !fits {
-            platforms.extend(entry.platform().as_ref().map(describe));
+            platforms.extend(entry.platform().as_ref().map(|platform| Platform::from(platform).to_string()));
         }
         return Ok(fits.then(|| entry.clone()));
     }
@@ -69,10 +69,6 @@ fn resolve(
         }
     }
     Ok(None)
-}
-
-fn describe(platform: &oci_spec::image::Platform) -> String {
-    format!("{}/{}", platform.os(), platform.architecture())
 }
 
 /// The error for an index without an image for the platform.

@@ -11,7 +11,7 @@ use session::{Document, Session};
 
 use crate::error::Result;
 use crate::import::no_platform;
-use crate::options::{PullOptions, PullPolicy};
+use crate::options::{Platform, PullOptions, PullPolicy};
 use crate::progress::Progress;
 use crate::store::{Image, Lock, LockMode, Store, digest_of, parse, parse_manifest};
 use crate::{Error, Reference};
@@ -75,7 +75,7 @@ async fn find_manifest(session: &Session, options: &PullOptions) -> Result<Docum
         index.manifests().iter().find(|entry| entry.platform().is_some() && options.platform.fits(entry))
     else {
         let platforms = index.manifests().iter().filter_map(|entry| entry.platform().as_ref());
-        let available: Vec<String> = platforms.map(|p| format!("{}/{}", p.os(), p.architecture())).collect();
+        let available: Vec<String> = platforms.map(|platform| Platform::from(platform).to_string()).collect();
         return Err(no_platform(&session.reference().familiar(), &options.platform, &available));
     };
     let digest = digest_of(entry)?;

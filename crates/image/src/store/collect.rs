@@ -19,7 +19,7 @@ const MAX_NESTING: usize = 4;
 pub(super) fn remove(store: &Store, name: &str, in_use: &[PathBuf], force: bool) -> Result<Pruned> {
     let image = store.find(name)?;
     let by_name = name.parse().ok() == image.reference && image.reference.is_some();
-    let mut pruned = index::update(store.layout(), |index| {
+    let mut pruned = update_even_if_full(store, in_use, |index| {
         let gone = |other: &Image| {
             other.digest == image.digest
                 && (!by_name || other.reference.is_none() || other.reference == image.reference)
@@ -44,7 +44,7 @@ pub(super) fn remove(store: &Store, name: &str, in_use: &[PathBuf], force: bool)
 pub(super) fn prune(store: &Store, options: &PruneOptions) -> Result<Pruned> {
     let holder = "an image is being pulled, imported or unpacked";
     let _lock = Lock::take(&store.layout().collect_lock(), LockMode::Exclusive, PATIENCE, holder)?;
-    let mut pruned = index::update(store.layout(), |index| {
+    let mut pruned = update_even_if_full(store, &options.in_use, |index| {
         let gone = |image: &Image| {
             (options.all || image.reference.is_none()) && !uses(store, image, &options.in_use)
         };
@@ -55,6 +55,28 @@ pub(super) fn prune(store: &Store, options: &PruneOptions) -> Result<Pruned> {
     })?;
     collect(store, &options.in_use, true, &mut pruned)?;
     Ok(pruned)
+}
+
+/// Changes the index. On a full disk, where not even that can be written, room is made by removing rootfs files that
+/// nobody uses: they can be made again, and are what takes the most space.
+fn update_even_if_full(
+    store: &Store,
+    in_use: &[PathBuf],
+    change: impl Fn(&mut ImageIndex) -> Result<(bool, Pruned)>,
+) -> Result<Pruned> {
+    let layout = store.layout();
+    match index::update(layout, &change) {
+        Err(Error::DiskFull { .. }) => {}
+        done => return done,
+    }
+    let mut freed = Pruned::default();
+    for path in files::list_dir(&layout.rootfs())? {
+        if !in_use.iter().any(|used| same_file(used, &path)) {
+            freed.remove(&path)?;
+        }
+    }
+    let pruned = index::update(layout, &change)?;
+    Ok(Pruned { images: pruned.images, ..freed })
 }
 
 /// Counts disk space.
@@ -155,25 +177,29 @@ fn walk_manifest(store: &Store, digest: &Digest, needed: &mut Needed) -> Result<
 fn collect(store: &Store, in_use: &[PathBuf], partial: bool, pruned: &mut Pruned) -> Result<()> {
     let layout = store.layout();
     let needed = needed(store, in_use)?;
-    let mut remove = |path: &Path| -> Result<()> {
-        if let Some(bytes) = files::remove_file(path)? {
-            pruned.files += 1;
-            pruned.bytes += bytes;
-        }
-        Ok(())
-    };
     for path in files::list_dir(&layout.blobs())?.iter().filter(|path| !needed.has_blob(path)) {
-        remove(path)?;
+        pruned.remove(path)?;
     }
     for path in files::list_dir(&layout.rootfs())? {
         if !needed.rootfs.iter().any(|kept| same_file(kept, &path)) {
-            remove(&path)?;
+            pruned.remove(&path)?;
         }
     }
     if partial {
         for path in files::list_dir(&layout.partial())? {
-            remove(&path)?;
+            pruned.remove(&path)?;
         }
     }
     Ok(())
+}
+
+impl Pruned {
+    /// Removes a file and counts it.
+    fn remove(&mut self, path: &Path) -> Result<()> {
+        if let Some(bytes) = files::remove_file(path)? {
+            self.files += 1;
+            self.bytes += bytes;
+        }
+        Ok(())
+    }
 }
