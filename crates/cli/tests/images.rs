@@ -41,7 +41,11 @@ impl Machine {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kapsel"));
+        self.program(env!("CARGO_BIN_EXE_kapsel"), args)
+    }
+
+    fn program(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(program);
         let path = std::env::var("PATH").unwrap_or_default();
         command
             .args(args)
@@ -92,7 +96,7 @@ impl Machine {
     }
 
     /// Installs a program that is this script.
-    fn program(&self, name: &str, script: &str) {
+    fn install(&self, name: &str, script: &str) {
         let path = self.dir.path().join("bin").join(name);
         // By another process: one that another test forks meanwhile would keep the file open for writing, and then it
         // could not be run.
@@ -341,8 +345,8 @@ fn credential_helpers_are_used() {
     let log = machine.dir.path().join("log");
     let answer = r#"{"ServerURL":"x","Username":"user","Secret":"sesame"}"#;
     let script = format!("echo \"$0 $*\" >> {0}; cat >> {0}; echo '{answer}'", log.display());
-    machine.program("docker-credential-one", &script);
-    machine.program("docker-credential-all", &script);
+    machine.install("docker-credential-one", &script);
+    machine.install("docker-credential-all", &script);
     for (config, helper) in [
         (json!({ "credHelpers": { &host: "one" }, "credsStore": "all" }), "one"),
         (json!({ "credHelpers": { "other.test": "one" }, "credsStore": "all" }), "all"),
@@ -354,13 +358,13 @@ fn credential_helpers_are_used() {
         std::fs::remove_file(&log).expect("removed");
     }
     // One that has nothing leaves it to the rest of the configuration.
-    machine.program("docker-credential-none", "echo credentials not found in native keychain; exit 1");
+    machine.install("docker-credential-none", "echo credentials not found in native keychain; exit 1");
     let auths = json!({ &host: { "auth": base64(b"user:sesame") } });
     machine.docker_config(&json!({ "credsStore": "none", "auths": auths }));
     machine.ok(&["pull", &name]);
     // What goes wrong is said, but never what the helper knows.
-    machine.program("docker-credential-broken", "echo sesame");
-    machine.program("docker-credential-endless", "exec cat /dev/zero");
+    machine.install("docker-credential-broken", "echo sesame");
+    machine.install("docker-credential-endless", "exec cat /dev/zero");
     for (helper, said) in
         [("broken", "protocol"), ("endless", "stop talking"), ("absent", "cannot run"), ("../x", "name")]
     {
@@ -576,6 +580,10 @@ fn archives_keep_their_names_unless_given_one() {
     let oci = file("oci.tar", image().oci_archive("three:v3"));
     assert_eq!(machine.ok(&["import", &oci]), format!("three:v3 {}\n", image().digest()));
     assert_eq!(machine.ok(&["import", "four", &oci]), format!("four:latest {}\n", image().digest()));
+    let piped =
+        format!("{} import five <(cat {oci}) && {0} import six - < {oci}", env!("CARGO_BIN_EXE_kapsel"));
+    let output = machine.program("bash", &["-c", &piped]).output().expect("bash");
+    assert_eq!(text(&output.stdout).lines().count(), 2, "{}", text(&output.stderr));
     let rootfs = file("rootfs.tar", TarBuilder::new().file("a", "b").build());
     let (message, hint) = machine.fails(&["import", &rootfs]);
     assert!(message.contains("rootfs.tar") && hint.contains("name"), "{message}: {hint}");

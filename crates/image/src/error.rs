@@ -169,7 +169,7 @@ pub enum Error {
 
     /// The image exceeds a bound of [`Limits`](crate::Limits).
     #[error(
-        "{what} exceeds the limit of {limit} ({name}); the image may be an attack; raise the limit if you trust it"
+        "{what} exceeds the limit of {limit} ({name}); it may be an attack: do not use it, or rebuild it with less"
     )]
     Limit {
         /// What is too large.

@@ -70,6 +70,57 @@ fn no_path_leaves_the_root() {
 }
 
 #[test]
+fn links_lead_nowhere_but_into_the_root() {
+    // A link to a directory of the host, or to its root, and a file "through" it.
+    let bed = Bed::new(Limits::default());
+    let outside = bed.dir.path().to_str().unwrap();
+    let climb = "../".repeat(64) + outside.trim_start_matches('/');
+    for target in [outside, &climb, "/", "store"] {
+        let tar = TarBuilder::new()
+            .symlink("way-out", target)
+            .file("way-out/outside", "owned")
+            .file(format!("way-out{outside}/outside"), "owned")
+            .file("way-out/store/index.json", "owned")
+            .symlink("way-out/link", "outside")
+            .file("way-out/link", "a link is replaced, not followed");
+        bed.rootfs(&tar.build()).unwrap();
+        bed.store.remove("hostile", &[], false).unwrap();
+        bed.check();
+        bed.store.remove("good", &[], false).unwrap();
+    }
+    // A hard link's target is a path of the image, however it is written.
+    let absolute = format!("{outside}/outside");
+    for target in [&*absolute, "/etc/passwd", "way-out/outside"] {
+        let tar = TarBuilder::new().symlink("way-out", outside).hard_link("stolen", target).build();
+        let error = bed.rootfs(&tar).unwrap_err();
+        assert!(matches!(&error, Error::Layer { entry, .. } if entry == "stolen"), "{target}: {error}");
+        bed.store.remove("hostile", &[], false).unwrap();
+    }
+    bed.check();
+}
+
+#[test]
+fn devices_are_made_in_the_image_only() {
+    let bed = Bed::new(Limits::default());
+    let disk = |major, minor| {
+        TarBuilder::new().entry(Header::new(b'4', "disk").mode(0o666).device(major, minor), "").build()
+    };
+    bed.rootfs(&disk(8, 0)).unwrap();
+    let mut pending = vec![bed.dir.path().to_owned()];
+    while let Some(dir) = pending.pop() {
+        for path in list(&dir) {
+            let kind = std::fs::symlink_metadata(&path).unwrap().file_type();
+            assert!(kind.is_dir() || kind.is_file(), "{}: {kind:?}", path.display());
+            pending.extend(kind.is_dir().then_some(path));
+        }
+    }
+    for (major, minor) in [(1 << 12, 0), (0, 1 << 20)] {
+        let error = refusal(&disk(major, minor), Limits::default());
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
+}
+
+#[test]
 fn refuses_links_and_paths_that_make_no_sense() {
     let loops = TarBuilder::new().symlink("a", "b").symlink("b", "a").file("a/file", "");
     let through_file = TarBuilder::new().file("a", "").file("a/b", "");
@@ -137,14 +188,92 @@ fn bounds_decompression_entries_and_attributes() {
     let small = Limits { layer_size: 1 << 20, blob_size: 1 << 20, ..Limits::default() };
     assert!(matches!(refusal(&zeros, small), Error::Limit { .. }));
 
+    // What zstd makes of zeros is smaller still.
+    let zstd =
+        ImageBuilder::new().layer(Layer::zstd(TarBuilder::new().file("z", vec![0; 8 << 20]).build())).build();
+    let bed = Bed::new(tight);
+    let error = bed.rootfs(&zstd.oci_archive("bomb")).unwrap_err();
+    assert!(matches!(error, Error::Limit { name: "ratio", .. }), "{error}");
+    bed.check();
+    // A frame that wants a window of 2 GiB to be remembered (RFC 8878, section 3.1.1.1.2), for one byte.
+    let window = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 21 << 3, 0x09, 0x00, 0x00, b'x'];
+    let error = refusal(&window, Limits::default());
+    assert!(error.to_string().contains("too much memory"), "{error}");
+}
+
+#[test]
+fn bounds_entries_names_and_attributes() {
     let mut many = TarBuilder::new();
     for i in 0..101 {
         many = many.file(format!("{i}"), "");
     }
     let few = Limits { entries: 100, ..Limits::default() };
     assert!(matches!(refusal(&many.build(), few), Error::Limit { name: "entries", .. }));
+    // The same file again and again is no way around it.
+    let again = (0..101).fold(TarBuilder::new(), |tar, _| tar.file("a", ""));
+    let few = Limits { entries: 100, ..Limits::default() };
+    assert!(matches!(refusal(&again.build(), few), Error::Limit { name: "entries", .. }));
+
     let xattr = TarBuilder::new().entry(Header::new(b'0', "a").xattr("user.x", vec![0; 70_000]), "");
     assert!(matches!(refusal(&xattr.build(), Limits::default()), Error::Limit { name: "xattr_size", .. }));
+    // One extended header after the other, each within the bounds of one, and no file in sight.
+    let mut flood = TarBuilder::new();
+    for i in 0..200 {
+        let body =
+            TarBuilder::new().entry(Header::new(b'0', "a").xattr(&format!("user.{i}"), vec![0; 60_000]), "");
+        let body = body.build_open();
+        flood = flood.raw(&body[..body.len() - 512]);
+    }
+    assert!(matches!(refusal(&flood.build(), Limits::default()), Error::Limit { name: "xattr_size", .. }));
+    // Many files, each with as much as one may have.
+    let mut files = TarBuilder::new();
+    for i in 0..20 {
+        files = files.entry(Header::new(b'0', format!("{i}")).xattr("user.x", vec![0; 60_000]), "");
+    }
+    let little = Limits { metadata_size: 1 << 20, ..Limits::default() };
+    assert!(matches!(refusal(&files.build(), little.clone()), Error::Limit { name: "metadata_size", .. }));
+    let names = (0..5000).fold(TarBuilder::new(), |tar, i| tar.file(format!("{i:0>250}"), ""));
+    assert!(matches!(refusal(&names.build(), little), Error::Limit { name: "metadata_size", .. }));
+
+    // Long names in each of the ways to write them.
+    let long = "n".repeat(5000);
+    for header in [
+        Header::new(b'0', &long),
+        Header::new(b'0', "a").pax("path", &long),
+        Header::new(b'2', "a").target(&long),
+    ] {
+        let error = refusal(&TarBuilder::new().entry(header, "").build(), Limits::default());
+        assert!(matches!(error, Error::Limit { name: "path_length", .. }), "{error}");
+    }
+    for kind in [b'L', b'K'] {
+        let gnu = TarBuilder::new().entry(Header::new(kind, "././@LongLink"), &long).file("a", "");
+        let error = refusal(&gnu.build(), Limits::default());
+        assert!(matches!(error, Error::Limit { name: "path_length", .. }), "{error}");
+    }
+}
+
+#[test]
+fn bounds_layers_and_indexes_within_indexes() {
+    let layers = (0..5).fold(ImageBuilder::new(), |image, i| {
+        image.layer(Layer::plain(TarBuilder::new().file(format!("{i}"), "").build()))
+    });
+    let layers = layers.build();
+    for archive in [layers.oci_archive("many"), layers.docker_archive(&["many:latest"])] {
+        let error = refusal(&archive, Limits { layers: 4, ..Limits::default() });
+        assert!(matches!(error, Error::Limit { name: "layers", .. }), "{error}");
+    }
+    let mut files = layers.oci_files("nested");
+    for _ in 0..10 {
+        let inner = std::mem::take(&mut files[1].1);
+        let media_type = "application/vnd.oci.image.index.v1+json";
+        let entry =
+            serde_json::json!({ "mediaType": media_type, "digest": digest(&inner), "size": inner.len() });
+        let outer = serde_json::json!({ "schemaVersion": 2, "manifests": [entry] });
+        files.push((format!("blobs/sha256/{}", &digest(&inner)[7..]), inner));
+        files[1].1 = serde_json::to_vec(&outer).unwrap();
+    }
+    let error = refusal(&kapsel_testkit::image::archive(&files), Limits::default());
+    assert!(matches!(error, Error::Malformed { .. }), "{error}");
 }
 
 #[test]

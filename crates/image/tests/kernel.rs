@@ -94,3 +94,41 @@ fn kernel_sees_what_tar_unpacks() {
 fn fsck(path: &Path) {
     run(Command::new("fsck.erofs").arg(path));
 }
+
+#[test]
+fn of_several_entries_for_one_path_the_last_one_wins() {
+    let Some(()) = common::needs_root_and_erofs() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let tar = TarBuilder::new()
+        .file("file", "first")
+        .file("other", "kept by its second name")
+        .hard_link("second", "other")
+        .file("./file", "second")
+        .file("other", "replaced")
+        .symlink("link", "file")
+        .file("link", "a file now")
+        .dir("dir")
+        .file("dir/gone", "")
+        .file("dir", "a file now")
+        .file("file", "last")
+        .entry(Header::new(b'5', "mode").mode(0o700), "")
+        .file("mode/kept", "")
+        .entry(Header::new(b'5', "mode/").mode(0o755), "");
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    let rootfs = import_rootfs(&store, "duplicates", &tar.build());
+    let mounted = Mounted::new(&rootfs.path);
+    let read = |name: &str| std::fs::read_to_string(mounted.path().join(name)).unwrap();
+    for (name, content) in [
+        ("file", "last"),
+        ("other", "replaced"),
+        ("second", "kept by its second name"),
+        ("link", "a file now"),
+        ("dir", "a file now"),
+        ("mode/kept", ""),
+    ] {
+        assert_eq!(read(name), content, "{name}");
+    }
+    assert!(std::fs::symlink_metadata(mounted.path().join("link")).unwrap().is_file());
+    assert_eq!(std::fs::metadata(mounted.path().join("mode")).unwrap().mode() & 0o777, 0o755);
+    fsck(&rootfs.path);
+}

@@ -383,3 +383,43 @@ fn an_interrupted_pull_leaves_a_store_that_opens() {
     assert_eq!(partial_files(dir.path()), 0);
     pull(&store, &registry, "tool", &anonymous()).unwrap();
 }
+
+#[test]
+fn wherever_the_disk_fills_up_nothing_half_written_is_believed() {
+    let Some(()) = common::needs_root_and_erofs() else { return };
+    let registry = Registry::start();
+    let built = image();
+    registry.push("tool", "latest", &built);
+    let (mut failed, mut succeeded) = (0, 0);
+    // The image takes 0.9 MB, its rootfs as much again.
+    for kib in (8..2400).step_by(92) {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = common::Tmpfs::new(dir.path(), &format!("{kib}k"));
+        let path = dir.path().join("store");
+        let attempt = || -> Result<(), Error> {
+            let store = Store::open(&path)?;
+            let image = pull(&store, &registry, "tool", &anonymous())?;
+            store.rootfs(&image, &Silent).map(drop)
+        };
+        match attempt() {
+            Ok(()) => succeeded += 1,
+            Err(error) => {
+                assert!(matches!(error, Error::DiskFull { .. }), "{kib} KiB: {error}");
+                failed += 1;
+            }
+        }
+        for blob in std::fs::read_dir(path.join("blobs/sha256")).into_iter().flatten() {
+            let blob = blob.unwrap();
+            let expected = format!("sha256:{}", blob.file_name().to_str().unwrap());
+            assert_eq!(digest(&std::fs::read(blob.path()).unwrap()), expected, "{kib} KiB");
+        }
+        // An image that is listed is whole, also while the disk is still full.
+        for image in Store::open(&path).and_then(|store| store.list()).into_iter().flatten() {
+            Store::open(&path).unwrap().inspect(&image).unwrap();
+        }
+        disk.resize("16m");
+        attempt().unwrap_or_else(|error| panic!("{kib} KiB, then enough: {error}"));
+        drop(disk);
+    }
+    assert!(failed > 10 && succeeded > 0, "{failed} {succeeded}");
+}

@@ -41,7 +41,7 @@ pub(crate) fn import(
             oci::import(&import, &archive)
         }
         Source::Path(path) => import.file(path),
-        Source::Reader(reader) => import.stream(reader),
+        Source::Reader(reader) => import.stream(reader, "the stream"),
     }
 }
 
@@ -63,11 +63,16 @@ pub(super) enum Tar {
 impl Import<'_> {
     fn file(&self, path: &Path) -> Result<Vec<Image>> {
         let mut file = File::open(path).context("open", path)?;
-        let size = file.metadata().context("inspect", path)?.len();
+        let what = path.display().to_string();
+        let metadata = file.metadata().context("inspect", path)?;
+        if !metadata.is_file() {
+            // A pipe, such as a shell's `<(command)`.
+            return self.stream(&mut file, &what);
+        }
+        let size = metadata.len();
         let mut prefix = Vec::new();
         (&mut file).take(Compression::PREFIX as u64).read_to_end(&mut prefix).context("read", path)?;
         file.rewind().context("read", path)?;
-        let what = path.display().to_string();
         if Compression::detect(&prefix) == Compression::None {
             return self.tar(Tar::File(file), &what);
         }
@@ -76,8 +81,7 @@ impl Import<'_> {
         self.tar(tar, &what)
     }
 
-    fn stream(&self, reader: &mut (dyn Read + Send)) -> Result<Vec<Image>> {
-        let what = "the stream";
+    fn stream(&self, reader: &mut (dyn Read + Send), what: &str) -> Result<Vec<Image>> {
         let mut input = BufReader::with_capacity(1 << 16, reader);
         let failed = |error| Error::malformed(what, error);
         let compression = Compression::detect(input.fill_buf().map_err(failed)?);

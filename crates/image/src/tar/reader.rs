@@ -63,6 +63,8 @@ impl<'a, R: BufRead> Reader<'a, R> {
                     let records = self.metadata_record(size)?;
                     let segments = self.limits.sparse_segments;
                     preamble.pax.parse(&records, segments).map_err(|reason| self.malformed(reason))?;
+                    // Now, since any number of such headers may follow.
+                    self.check_xattrs(&preamble.pax)?;
                 }
                 // Global records would apply to everything that follows; container images have none that matter, and
                 // Docker ignores them too (`git archive` writes a comment).
@@ -236,11 +238,6 @@ impl<'a, R: BufRead> Reader<'a, R> {
         if size > self.limits.file_size {
             return Err(self.over(format!("a file of {size} bytes"), "file_size", self.limits.file_size));
         }
-        let xattr_size: usize = pax.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
-        if xattr_size > self.limits.xattr_size {
-            let what = format!("a file with {xattr_size} bytes of extended attributes");
-            return Err(self.over(what, "xattr_size", self.limits.xattr_size as u64));
-        }
         let bad = |field: &str| self.malformed(format!("its {field} is out of range"));
         let id = |n: Option<i64>| n.and_then(|n| u32::try_from(n).ok());
         Ok(Entry {
@@ -322,6 +319,15 @@ impl<'a, R: BufRead> Reader<'a, R> {
             map.push(Segment { offset: number.next(self)?, length: number.next(self)? });
         }
         Ok(map)
+    }
+
+    fn check_xattrs(&self, pax: &Extensions) -> Result<(), TarError> {
+        let size: usize = pax.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if size > self.limits.xattr_size {
+            let what = format!("a file with {size} bytes of extended attributes");
+            return Err(self.over(what, "xattr_size", self.limits.xattr_size as u64));
+        }
+        Ok(())
     }
 
     fn check_segments(&self, count: usize) -> Result<(), TarError> {

@@ -74,6 +74,13 @@ impl Tmpfs {
     }
 }
 
+impl Tmpfs {
+    /// Changes its size.
+    pub fn resize(&self, size: &str) {
+        run(Command::new("mount").args(["-o", &format!("remount,size={size}")]).arg(&self.0));
+    }
+}
+
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         run(Command::new("umount").arg(&self.0));
