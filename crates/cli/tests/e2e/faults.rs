@@ -32,7 +32,7 @@ fn victim(
 ) -> (crate::world::Container, String, Vec<u64>, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a directory");
     let volume = format!("{}:/data", dir.path().display());
-    let container = world.container(name, &["-v", &volume], &["sleep", "99"]);
+    let container = world.container(name, &["-v", &volume], &["sleep", "999"]);
     let id = world.inspect(name)["id"].as_str().expect("an id").to_owned();
     let pids = pids(world, name);
     assert_eq!(pids.len(), 3, "shim, monitor and fsd");
@@ -61,7 +61,7 @@ fn killing_any_process_ends_the_sandbox() {
 fn killing_kapsel_in_the_foreground_ends_the_sandbox() {
     let world = world!();
     let name = "e2e-kill-cli";
-    let mut command = world.command(["run", "--rm", "--name", name, "busybox", "sleep", "99"]);
+    let mut command = world.command(["run", "--rm", "--name", name, "busybox", "sleep", "999"]);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("kapsel starts");
     eventually("it runs", || world.run(["exec", name, "true"]).code == 0);
     let id = world.inspect(name)["id"].as_str().expect("an id").to_owned();
@@ -75,7 +75,7 @@ fn killing_kapsel_in_the_foreground_ends_the_sandbox() {
 #[test]
 fn a_stuck_shim_holds_nobody_up_and_can_be_removed() {
     let world = world!();
-    let container = world.container("e2e-stuck", &[], &["sleep", "99"]);
+    let container = world.container("e2e-stuck", &[], &["sleep", "999"]);
     let shim = pids(world, container.name)[0];
     kill(u32::try_from(shim).expect("a pid"), Signal::STOP);
     let begun = std::time::Instant::now();

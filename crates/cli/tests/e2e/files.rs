@@ -52,7 +52,7 @@ fn volumes_are_shared_both_ways_or_only_to_read() {
 #[test]
 fn copies_in_and_out_follow_dockers_rules() {
     let world = world!();
-    let container = world.container("e2e-cp", &[], &["sleep", "99"]);
+    let container = world.container("e2e-cp", &[], &["sleep", "999"]);
     let inside = |path: &str| format!("{}:{path}", container.name);
     let here = tempfile::tempdir().expect("a directory");
     let path = |name: &str| here.path().join(name).to_str().expect("UTF-8").to_owned();
@@ -90,7 +90,7 @@ fn copies_in_and_out_follow_dockers_rules() {
 #[test]
 fn images_in_use_stay() {
     let world = world!();
-    let _container = world.container("e2e-in-use", &[], &["sleep", "99"]);
+    let _container = world.container("e2e-in-use", &[], &["sleep", "999"]);
     let ran = world.run(["rmi", "busybox"]);
     assert!(
         ran.code == 125 && ran.stderr.contains("in use") && ran.stderr.contains("hint: "),

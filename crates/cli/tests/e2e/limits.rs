@@ -20,7 +20,7 @@ fn too_much_memory_ends_with_137_and_is_told() {
 fn forks_without_end_hit_the_limit_and_nobody_else() {
     let world = world!();
     let container =
-        world.container("e2e-forks", &["--pids-limit", "32"], &["sh", "-c", "while :; do sleep 99 & done"]);
+        world.container("e2e-forks", &["--pids-limit", "32"], &["sh", "-c", "while :; do sleep 999 & done"]);
     let stats = || -> serde_json::Value {
         serde_json::from_str(&world.ok(["stats", "--no-stream", "--json", container.name])).expect("JSON")
     };

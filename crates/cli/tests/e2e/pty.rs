@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::Winsize;
 
-use crate::world::eventually;
+use crate::world::{Watchdog, eventually};
 
 /// A program on a terminal of its own.
 pub struct Terminal {
@@ -18,6 +18,7 @@ pub struct Terminal {
     screen: Arc<Mutex<Vec<u8>>>,
     child: Child,
     slave: OwnedFd,
+    _watchdog: Watchdog,
 }
 
 impl Terminal {
@@ -50,7 +51,8 @@ impl Terminal {
                 shown.lock().expect("the screen").extend_from_slice(&buffer[..count]);
             }
         });
-        let terminal = Terminal { keyboard, screen, child, slave };
+        let _watchdog = Watchdog::of(&child);
+        let terminal = Terminal { keyboard, screen, child, slave, _watchdog };
         terminal.resize(80, 24);
         terminal
     }
@@ -95,8 +97,12 @@ impl Terminal {
         )
     }
 
-    /// The program's pid.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// Sends the program a signal; false when it has ended.
+    pub fn signal(&mut self, signal: rustix::process::Signal) -> bool {
+        let runs = self.child.try_wait().expect("it is a child").is_none();
+        if runs {
+            crate::world::kill(self.child.id(), signal);
+        }
+        runs
     }
 }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::process::Stdio;
 
 use crate::run::md5sum;
-use crate::world::world;
+use crate::world::{Watchdog, world};
 
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
@@ -32,6 +32,7 @@ fn a_large_stream_without_loss_or_memory() {
     let world = world!();
     let mut command = world.command(["run", "--rm", "busybox", "dd", "if=/dev/zero", "bs=1M", "count=256"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("kapsel starts");
+    let _watchdog = Watchdog::of(&child);
     let mut stdout = child.stdout.take().expect("a pipe");
     let (mut buffer, mut total) = (vec![0; 1 << 20], 0);
     loop {
@@ -82,6 +83,7 @@ fn a_reader_that_goes_away_ends_all() {
     let world = world!();
     let mut command = world.command(["run", "--rm", "--name", "e2e-yes", "busybox", "yes"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("kapsel starts");
+    let _watchdog = Watchdog::of(&child);
     let mut some = [0; 1024];
     child.stdout.take().expect("a pipe").read_exact(&mut some).expect("readable");
     assert_eq!(child.wait().expect("it ends").code(), Some(141));
@@ -91,7 +93,7 @@ fn a_reader_that_goes_away_ends_all() {
 #[test]
 fn exec_streams_are_as_good() {
     let world = world!();
-    let container = world.container("e2e-exec-io", &[], &["sleep", "99"]);
+    let container = world.container("e2e-exec-io", &[], &["sleep", "999"]);
     let bytes = noise(1_000_003);
     let ran = world.run_with(["exec", "-i", container.name, "md5sum"], &bytes);
     assert_eq!(ran.text(), format!("{}  -\n", md5sum(&bytes)), "{}", ran.stderr);

@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 
 use crate::pty::Terminal;
-use crate::world::{eventually, kill, world};
+use crate::world::{eventually, world};
 
 #[test]
 fn a_shell_on_a_terminal() {
@@ -20,7 +20,7 @@ fn a_shell_on_a_terminal() {
         terminal.shown().contains("33 111")
     });
     // ctrl-C is for what runs in the shell, not for kapsel and not for the shell.
-    terminal.types("sleep 99\r");
+    terminal.types("sleep 999\r");
     std::thread::sleep(std::time::Duration::from_millis(300));
     terminal.types("\x03");
     terminal.types("echo al''ive; exit 12\r");
@@ -49,12 +49,11 @@ fn letting_go_and_coming_back() {
 #[test]
 fn the_terminal_is_restored_when_kapsel_is_told_to_end() {
     let world = world!();
-    let terminal =
-        Terminal::start(world.command(["run", "-it", "--rm", "busybox", "sh", "-c", "echo up; sleep 99"]));
+    let mut terminal =
+        Terminal::start(world.command(["run", "-it", "--rm", "busybox", "sh", "-c", "echo up; sleep 999"]));
     terminal.shows("up");
-    // Process 1 ignores SIGTERM: after the third kapsel does not wait any more.
-    for _ in 0..3 {
-        kill(terminal.pid(), Signal::TERM);
+    // Process 1 ignores SIGTERM: after the third kapsel does not wait any more. Two that come together count as one.
+    while terminal.signal(Signal::TERM) {
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     assert_eq!(terminal.end(), (Some(143), true));
@@ -63,7 +62,7 @@ fn the_terminal_is_restored_when_kapsel_is_told_to_end() {
 #[test]
 fn exec_on_a_terminal() {
     let world = world!();
-    let container = world.container("e2e-exec-tty", &[], &["sleep", "99"]);
+    let container = world.container("e2e-exec-tty", &[], &["sleep", "999"]);
     let mut terminal = Terminal::start(world.command(["exec", "-it", container.name, "sh"]));
     terminal.shows("# ");
     terminal.types("stty size; exit 5\r");

@@ -6,12 +6,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kapsel_testkit::TarBuilder;
 
 /// No single step of a test takes longer, also on a busy machine without KVM.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The programs and the data root.
 pub struct World {
@@ -135,6 +137,15 @@ impl World {
         Container { world: self, name }
     }
 
+    /// A container of a shell that waits for signals, once it is ready for them: process 1 ignores those that it has set
+    /// no trap for.
+    pub fn listener(&'static self, name: &'static str, flags: &[&str], traps: &str) -> Container {
+        let script = format!("{traps}; echo ready; while :; do sleep 0.1; done");
+        let container = self.container(name, flags, &["sh", "-c", &script]);
+        eventually("it is ready", || self.run(["logs", name]).text().contains("ready"));
+        container
+    }
+
     /// What `inspect` says of a container.
     pub fn inspect(&self, name: &str) -> serde_json::Value {
         let found: serde_json::Value = serde_json::from_str(&self.ok(["inspect", name])).expect("JSON");
@@ -178,20 +189,38 @@ impl Ran {
     }
 }
 
-fn finish(child: Child) -> Ran {
-    let id = child.id();
-    let (done, waited) = std::sync::mpsc::channel::<()>();
-    // A kapsel that hangs fails the test, not the whole run.
-    let watchdog = std::thread::spawn(move || {
-        if waited.recv_timeout(PATIENCE).is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout) {
-            kill(id, rustix::process::Signal::KILL);
-        }
-    });
+/// Waits for the end of a kapsel.
+pub fn finish(child: Child) -> Ran {
+    let _watchdog = Watchdog::of(&child);
     let Output { status, stdout, stderr } = child.wait_with_output().expect("kapsel ends");
-    drop(done);
-    watchdog.join().expect("the watchdog ends");
     let code = status.code().unwrap_or(-1);
     Ran { code, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned() }
+}
+
+/// Kills a kapsel that hangs: that fails its test, and does not hold up the whole run.
+pub struct Watchdog(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Watchdog {
+    /// Watches a process.
+    pub fn of(child: &Child) -> Self {
+        let id = child.id();
+        let (done, waited) = std::sync::mpsc::channel();
+        let watching = std::thread::spawn(move || {
+            if waited.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                kill(id, rustix::process::Signal::KILL);
+            }
+        });
+        Watchdog(Some((done, watching)))
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        if let Some((done, watching)) = self.0.take() {
+            drop(done);
+            watching.join().expect("the watchdog ends");
+        }
+    }
 }
 
 /// Sends a signal to a process of this test.
