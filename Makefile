@@ -61,7 +61,7 @@ run: image ## set up this machine, then run a container in a microVM
 test: build packages-test ## the whole test suite
 	@.ci/test
 
-test-e2e: build packages-test ## the command line's end-to-end suite: real sandboxes, several minutes
+test-e2e: build packages-test ## the command line's end-to-end suite: real sandboxes
 	@cargo test --release -p kapsel --test e2e -- --test-threads=2 --nocapture
 
 test-kvm: build packages-test ## the tests of kapsel-vmm on real KVM: this machine's, or an emulated host's
