@@ -17,7 +17,9 @@ pub mod chain;
 mod interrupt;
 pub mod mmio;
 pub mod queue;
+pub mod rate;
 pub mod rng;
+pub mod timer;
 pub mod vsock;
 
 #[cfg(test)]
@@ -31,6 +33,9 @@ use queue::{Queue, QueueError};
 
 /// The guest's memory.
 pub type Memory = vm_memory::GuestMemoryMmap<()>;
+
+/// A counter's name and its value.
+pub type Metric = (&'static str, u64);
 
 /// A device's type (virtio 1.2, section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +122,11 @@ pub trait Device: Send {
     /// The system calls that the device makes. A monitor allows no others.
     fn system_calls(&self) -> SystemCalls {
         SystemCalls::default()
+    }
+
+    /// What the device has counted since it was made, by Firecracker's names.
+    fn metrics(&self) -> Vec<Metric> {
+        Vec::new()
     }
 
     /// Works on what happened, for a bounded time. Only called while the device is active. True when there is more to do

@@ -4,7 +4,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::calls::SystemCalls;
 use crate::queue::{QueueConfig, QueueError};
-use crate::{Activation, Device, Event, Interrupt, Memory};
+use crate::{Activation, Device, Event, Interrupt, Kind, Memory, Metric};
 
 /// Size of a device's window in guest physical memory, in bytes.
 pub const WINDOW: u64 = 0x1000;
@@ -101,6 +101,10 @@ pub trait Slot: Send {
     fn sources(&self) -> Vec<std::os::fd::BorrowedFd<'_>>;
     /// The calls of [`Device::system_calls`].
     fn system_calls(&self) -> SystemCalls;
+    /// The device's type.
+    fn kind(&self) -> Kind;
+    /// The counters of [`Device::metrics`].
+    fn metrics(&self) -> Vec<Metric>;
 }
 
 /// The registers in front of a device.
@@ -273,8 +277,10 @@ impl<D: Device> Transport<D> {
                 Activation { features: self.features, queues, interrupt: self.interrupt.clone() };
             self.device.activate(activation)
         });
-        if let Err(error) = activated {
-            self.fail(&error);
+        match activated {
+            // Drivers may have made buffers available before, such as Linux's balloon; their notification came too early.
+            Ok(()) => (0..self.events.len()).for_each(|queue| self.signal(queue)),
+            Err(error) => self.fail(&error),
         }
     }
 
@@ -375,6 +381,14 @@ impl<D: Device> Slot for Transport<D> {
     fn system_calls(&self) -> SystemCalls {
         self.device.system_calls()
     }
+
+    fn kind(&self) -> Kind {
+        self.device.kind()
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.device.metrics()
+    }
 }
 
 fn empty_queues(device: &impl Device) -> Vec<QueueConfig> {
@@ -400,7 +414,6 @@ fn set_word(value: &mut u64, index: u32, word: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Kind;
     use crate::queue::Queue;
     use crate::testing::{Driver, memory};
 
@@ -470,6 +483,7 @@ mod tests {
         let (mut transport, mut driver) = transport();
         transport.bring_up(!feature::EVENT_IDX, &[driver.config(64)]);
         assert!(transport.active());
+        assert_eq!(transport.queue_events()[0].read().unwrap(), 1, "buffers may be there already");
         driver.add(&[(0x2000, 8, false)]);
         transport.write_u32(register::QUEUE_NOTIFY, 0);
         assert_eq!(transport.queue_events()[0].read().unwrap(), 1);

@@ -3,7 +3,7 @@
 use crate::calls::{SystemCall, SystemCalls, any};
 use crate::chain::Chain;
 use crate::queue::{Queue, QueueError};
-use crate::{Activation, Device, Event, Kind};
+use crate::{Activation, Device, Event, Kind, Metric};
 
 /// A request is given at most this much, in bytes; a driver that wants more asks again.
 const REQUEST_MAX: u64 = 64 * 1024;
@@ -14,6 +14,8 @@ const CALLS: &[SystemCall] = &[any(libc::SYS_getrandom)];
 #[derive(Debug, Default)]
 pub struct Rng {
     queue: Option<Queue>,
+    requests: u64,
+    bytes: u64,
 }
 
 impl Rng {
@@ -53,10 +55,19 @@ impl Device for Rng {
         SystemCalls { events: CALLS, registers: &[] }
     }
 
+    fn metrics(&self) -> Vec<Metric> {
+        vec![("entropy_event_count", self.requests), ("entropy_bytes", self.bytes)]
+    }
+
     fn handle(&mut self, _event: Event) -> Result<bool, QueueError> {
-        let Some(queue) = &mut self.queue else { return Ok(false) };
+        let Rng { queue: Some(queue), requests, bytes } = self else { return Ok(false) };
         queue.serve(|chain| match chain {
-            Ok(chain) => Some(fill(chain)),
+            Ok(chain) => {
+                let written = fill(chain);
+                *requests += 1;
+                *bytes += u64::from(written);
+                Some(written)
+            }
             Err(error) => {
                 tracing::debug!(%error, "a request for random bytes is malformed");
                 Some(0)

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kapsel_devices::mmio::{Transport, register};
 use kapsel_devices::{Device, Memory, balloon, block, rng, vsock};
@@ -10,12 +11,14 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::boot_timer::BootTimer;
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
 use crate::config::{CacheType, Config};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
-use crate::machine::{Disk, Handles, Machine, SharedBalloon};
+use crate::keyboard::Keyboard;
+use crate::machine::{Handles, Machine};
 use crate::memory;
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
@@ -68,21 +71,40 @@ pub enum Error {
     Vsock(#[from] vsock::Error),
 }
 
-/// Builds a machine whose console is `output` and whose threads are confined by `policy`. Nothing of the guest runs yet.
+/// What a machine has of its monitor.
+pub struct Surroundings {
+    /// How its threads are confined.
+    pub policy: Policy,
+    /// What takes the time until the guest has booted, if anything does.
+    pub boot_timer: Option<BootTimer>,
+}
+
+/// Builds a machine whose console is `output`. Nothing of the guest runs yet.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind but the socket of a socket device.
-pub fn build(config: &Config, output: Box<dyn io::Write + Send>, policy: &Policy) -> Result<Machine, Error> {
+pub fn build(
+    config: &Config,
+    output: Box<dyn io::Write + Send>,
+    surroundings: &Surroundings,
+) -> Result<Machine, Error> {
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
     let kvm = open_kvm()?;
     let memory = memory::allocate(config.machine_config.mem_size_mib, config.machine_config.huge_pages)?;
     let vm = create_vm(&kvm, &memory)?;
 
     let (console, drained) = create_console(&vm, output)?;
-    let Slots { slots, places, disks, balloon, .. } = create_devices(&vm, &memory, config)?;
+    let Slots { slots, places, handles, .. } = create_devices(&vm, &memory, config)?;
     let calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
     let stop = Stop::new(event()?);
-    let bus = Arc::new(Bus { console: Mutex::new(console), slots, stop, exits: Exits::default() });
+    let bus = Arc::new(Bus {
+        console: Mutex::new(console),
+        keyboard: Mutex::new(Keyboard::new(line(&vm, layout::KEYBOARD_GSI)?)),
+        boot_timer: surroundings.boot_timer,
+        slots,
+        stop,
+        exits: Exits::default(),
+    });
 
     let kernel = kernel::load(&memory, &boot_source.kernel_image_path)?;
     let initrd = boot_source.initrd_path.as_deref();
@@ -94,10 +116,10 @@ pub fn build(config: &Config, output: Box<dyn io::Write + Send>, policy: &Policy
     if let Some(first) = vcpus.first() {
         processor::point_at(first, &memory, &kernel)?;
     }
-    let calls = confine::machine(&calls);
+    let (calls, policy) = (confine::machine(&calls), &surroundings.policy);
     let processors = Processors::start(vcpus, &bus, &policy.filter(Thread::Processor, &calls.processor)?)?;
     let filter = policy.filter(Thread::EventLoop, &calls.event_loop)?;
-    Ok(Machine::new(processors, bus, Handles { disks, balloon }, drained, filter, vm, memory)?)
+    Ok(Machine::new(processors, bus, handles, drained, filter, vm, memory)?)
 }
 
 fn open_kvm() -> Result<Kvm, Error> {
@@ -133,36 +155,45 @@ fn create_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd, Error> {
 }
 
 fn create_console(vm: &VmFd, output: Box<dyn io::Write + Send>) -> Result<(Console, EventFd), Error> {
-    let (line, drained) = (event()?, event()?);
-    vm.register_irqfd(&line, layout::SERIAL_GSI).map_err(|e| Error::Kvm("connect an interrupt", e))?;
-    Ok((Console::new(line, drained.try_clone()?, output), drained))
+    let drained = event()?;
+    Ok((Console::new(line(vm, layout::SERIAL_GSI)?, drained.try_clone()?, output), drained))
+}
+
+/// An event that KVM turns into an interrupt.
+fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
+    let line = event()?;
+    vm.register_irqfd(&line, gsi).map_err(|e| Error::Kvm("connect an interrupt", e))?;
+    Ok(line)
 }
 
 fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Result<Slots<'a>, Error> {
-    let mut slots =
-        Slots { vm, memory, slots: Vec::new(), places: Vec::new(), disks: Vec::new(), balloon: None };
+    let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new(), handles: Handles::default() };
     for drive in config.ordered_drives() {
-        let disk = slots.plug(block::Block::new(block::Config {
-            serial: drive.drive_id.clone(),
+        let name = &drive.drive_id;
+        let block = block::Block::new(block::Config {
+            serial: name.clone(),
             path: drive.path_on_host.clone(),
             read_only: drive.is_read_only,
             flush: drive.cache_type == CacheType::Writeback,
-        })?)?;
-        slots.disks.push((drive.drive_id.clone(), disk));
+            limits: drive.rate_limiter.unwrap_or_default().into(),
+        })?;
+        let disk = slots.plug(block, Some(name))?;
+        slots.handles.disks.push((name.clone(), disk));
     }
     if let Some(vsock) = &config.vsock {
-        slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?)?;
+        slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?, None)?;
     }
     if let Some(wanted) = config.balloon {
         let config = balloon::Config {
             mib: wanted.amount_mib,
             deflate_on_oom: wanted.deflate_on_oom,
             reporting: wanted.free_page_reporting,
+            statistics: Duration::from_secs(wanted.stats_polling_interval_s.into()),
         };
-        slots.balloon = Some(slots.plug(balloon::Balloon::new(config))?);
+        slots.handles.balloon = Some(slots.plug(balloon::Balloon::new(config)?, None)?);
     }
     if config.entropy.is_some() {
-        slots.plug(rng::Rng::new())?;
+        slots.plug(rng::Rng::new(), None)?;
     }
     Ok(slots)
 }
@@ -172,17 +203,19 @@ struct Slots<'a> {
     memory: &'a Memory,
     slots: Vec<SharedSlot>,
     places: Vec<Place>,
-    disks: Vec<Disk>,
-    balloon: Option<SharedBalloon>,
+    handles: Handles,
 }
 
 impl Slots<'_> {
     /// Gives a device the next place. Neither its interrupts nor its driver's notifications pass through the monitor's
     /// processor threads: KVM signals and is signalled.
-    fn plug<D: Device + 'static>(&mut self, device: D) -> Result<Arc<Mutex<Transport<D>>>, Error> {
+    fn plug<D: Device + 'static>(
+        &mut self,
+        device: D,
+        name: Option<&str>,
+    ) -> Result<Arc<Mutex<Transport<D>>>, Error> {
         let place = Place::of(self.slots.len()).ok_or(Error::TooManyDevices)?;
-        let line = event()?;
-        self.vm.register_irqfd(&line, place.gsi).map_err(|e| Error::Kvm("connect an interrupt", e))?;
+        let line = line(self.vm, place.gsi)?;
         let transport = Arc::new(Mutex::new(Transport::new(device, self.memory.clone(), line)?));
         let slot: SharedSlot = transport.clone();
         let notify = IoEventAddress::Mmio(place.address + register::QUEUE_NOTIFY);
@@ -191,6 +224,7 @@ impl Slots<'_> {
             connected.map_err(|e| Error::Kvm("connect a queue", e))?;
         }
         self.slots.push(slot);
+        self.handles.names.push(name.map(str::to_owned));
         self.places.push(place);
         Ok(transport)
     }

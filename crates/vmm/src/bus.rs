@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use kapsel_devices::mmio::{Slot, WINDOW};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::boot_timer::BootTimer;
 use crate::console::Console;
+use crate::keyboard::Keyboard;
 use crate::x86::layout;
 
 /// A device on the bus.
@@ -73,12 +75,20 @@ impl Exits {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Each, by Firecracker's names.
+    pub fn named(&self) -> [(&'static str, u64); 4] {
+        [
+            ("exit_io_in", &self.port_reads),
+            ("exit_io_out", &self.port_writes),
+            ("exit_mmio_read", &self.mmio_reads),
+            ("exit_mmio_write", &self.mmio_writes),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+    }
+
     /// All together.
     pub fn total(&self) -> u64 {
-        [&self.port_reads, &self.port_writes, &self.mmio_reads, &self.mmio_writes]
-            .iter()
-            .map(|counter| counter.load(Ordering::Relaxed))
-            .sum()
+        self.named().iter().map(|(_, count)| count).sum()
     }
 }
 
@@ -86,6 +96,10 @@ impl Exits {
 pub struct Bus {
     /// The serial port.
     pub console: Mutex<Console>,
+    /// The keyboard.
+    pub keyboard: Mutex<Keyboard>,
+    /// Where the guest says that it has booted, if somebody wants to know.
+    pub boot_timer: Option<BootTimer>,
     /// Virtio devices in the order of their windows.
     pub slots: Vec<SharedSlot>,
     /// Ends the machine.
@@ -102,8 +116,10 @@ impl Bus {
         let [byte] = data else { return };
         *byte = match port {
             layout::SERIAL_PORT..0x400 => lock(&self.console).read((port - layout::SERIAL_PORT) as u8),
-            // The controller's buffers are empty; nothing is asleep.
-            layout::I8042_PORT | 0x64 | layout::SLEEP_STATUS_PORT | layout::SLEEP_CONTROL_PORT => 0,
+            layout::KEYBOARD_DATA_PORT => lock(&self.keyboard).data(),
+            layout::KEYBOARD_COMMAND_PORT => lock(&self.keyboard).status(),
+            // Nothing is asleep.
+            layout::SLEEP_STATUS_PORT | layout::SLEEP_CONTROL_PORT => 0,
             _ => return,
         };
     }
@@ -117,7 +133,11 @@ impl Bus {
             (layout::SERIAL_PORT..0x400, byte) => {
                 lock(&self.console).write((port - layout::SERIAL_PORT) as u8, byte)
             }
-            (0x64, PULSE_RESET) | (layout::RESET_PORT, _) => self.stop.because(End::Reset),
+            (layout::KEYBOARD_COMMAND_PORT, PULSE_RESET) | (layout::RESET_PORT, _) => {
+                self.stop.because(End::Reset)
+            }
+            (layout::KEYBOARD_COMMAND_PORT, command) => lock(&self.keyboard).command(command),
+            (layout::KEYBOARD_DATA_PORT, byte) => lock(&self.keyboard).write_data(byte),
             (layout::SLEEP_CONTROL_PORT, layout::SLEEP_S5) => self.stop.because(End::PowerOff),
             _ => {}
         }
@@ -137,6 +157,10 @@ impl Bus {
         Exits::count(&self.exits.mmio_writes);
         if let Some((slot, offset)) = self.slot(address, data.len()) {
             lock(slot).write(offset, data);
+        } else if let (Some(timer), Some(offset)) =
+            (&self.boot_timer, address.checked_sub(layout::BOOT_TIMER))
+        {
+            timer.write(offset, data);
         }
     }
 
@@ -172,7 +196,14 @@ mod tests {
         let slot = Transport::new(Rng::new(), memory, event()).unwrap();
         let console = Console::new(event(), event(), Box::new(std::io::sink()));
         let slots: Vec<SharedSlot> = vec![Arc::new(Mutex::new(slot))];
-        Bus { console: Mutex::new(console), slots, stop: Stop::new(event()), exits: Exits::default() }
+        Bus {
+            console: Mutex::new(console),
+            keyboard: Mutex::new(Keyboard::new(event())),
+            boot_timer: Some(BootTimer::start()),
+            slots,
+            stop: Stop::new(event()),
+            exits: Exits::default(),
+        }
     }
 
     #[test]
@@ -196,6 +227,7 @@ mod tests {
         for (port, byte, end) in [
             (0x64, 0xfe, Some(End::Reset)),
             (layout::RESET_PORT, 1, Some(End::Reset)),
+            (layout::KEYBOARD_DATA_PORT, 0xfe, None),
             (layout::SLEEP_CONTROL_PORT, layout::SLEEP_S5, Some(End::PowerOff)),
             (layout::SLEEP_CONTROL_PORT, 0, None),
             (0x64, 0xd1, None),

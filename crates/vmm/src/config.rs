@@ -2,10 +2,13 @@
 //! unknown name is an error.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use kapsel_devices::rate::{Limit, Limits};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::HugePages;
+use crate::{log, metrics};
 
 /// Most processors of a machine.
 pub const CPUS_MAX: u8 = 32;
@@ -38,6 +41,12 @@ pub struct Config {
     /// The entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// The log.
+    #[serde(default, skip_serializing)]
+    pub logger: Option<log::Settings>,
+    /// Where counters are told.
+    #[serde(default, skip_serializing)]
+    pub metrics: Option<metrics::Settings>,
 }
 
 /// What the machine starts from.
@@ -123,6 +132,64 @@ pub struct Drive {
     /// Whether the guest can make its writes durable.
     #[serde(default)]
     pub cache_type: CacheType,
+    /// How fast it may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+    /// How requests are done. Only `Sync` is possible.
+    #[serde(default)]
+    pub io_engine: IoEngine,
+}
+
+/// How a disk's requests are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+pub enum IoEngine {
+    /// One after the other.
+    #[default]
+    Sync,
+}
+
+/// Limits, each absent for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Requests or packets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// A limit; a size or a refill time of zero is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// How much passes at once.
+    pub size: u64,
+    /// How much passes beside that, once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub one_time_burst: Option<u64>,
+    /// How many milliseconds it takes until so much may pass again.
+    pub refill_time: u64,
+}
+
+impl From<RateLimiter> for Limits {
+    fn from(limiter: RateLimiter) -> Self {
+        let limit = |bucket: TokenBucket| Limit {
+            size: bucket.size,
+            burst: bucket.one_time_burst.unwrap_or(0),
+            refill: Duration::from_millis(bucket.refill_time),
+        };
+        Limits { bandwidth: limiter.bandwidth.map(limit), operations: limiter.ops.map(limit) }
+    }
+}
+
+impl RateLimiter {
+    /// Takes the limits over that an update has.
+    pub fn update(&mut self, other: RateLimiter) {
+        self.bandwidth = other.bandwidth.or(self.bandwidth);
+        self.ops = other.ops.or(self.ops);
+    }
 }
 
 /// What a guest's flush does.
@@ -139,6 +206,9 @@ pub enum CacheType {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
+    /// A name, which nothing uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
     /// The guest's address, from 3 on.
     pub guest_cid: u32,
     /// The host's socket; it is made.
@@ -156,6 +226,9 @@ pub struct Balloon {
     /// The guest gives free pages back at all times.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// How many seconds there are between the guest's statistics; 0 for none.
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
 }
 
 /// Another size for the balloon.
@@ -166,37 +239,54 @@ pub struct BalloonUpdate {
     pub amount_mib: u32,
 }
 
+/// Another interval for the balloon's statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatisticsUpdate {
+    /// In seconds.
+    pub stats_polling_interval_s: u16,
+}
+
 /// The entropy device has no settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {}
 
-/// What is wrong with a configuration.
+/// What is wrong with a configuration. The texts are Firecracker's where it has the same error, because clients look at them.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not JSON, or with other names than these.
     #[error("the configuration is not valid: {0}")]
     Json(#[from] serde_json::Error),
     /// Processors.
-    #[error("a machine has 1 to {CPUS_MAX} processors (vcpu_count), not {0}")]
-    Cpus(u8),
-    /// Memory.
     #[error(
-        "a machine has 1 to {MEMORY_MAX_MIB} MiB of memory (mem_size_mib), an even number with 2M huge pages, not {0}"
+        "Machine config error: The number of vCPUs must be greater than 0, less than {CPUS_MAX} and must be 1 or an even number if SMT is enabled."
     )]
-    Memory(u64),
+    Cpus,
+    /// Memory; there is a largest one, too ([`MEMORY_MAX_MIB`]).
+    #[error(
+        "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size."
+    )]
+    Memory,
     /// A setting of Firecracker's with one possible value here.
-    #[error("{0} can only be false")]
+    #[error("Machine config error: {0} can only be false")]
     Unsupported(&'static str),
-    /// The balloon.
-    #[error("the balloon cannot be larger (amount_mib: {0}) than the memory of {1} MiB")]
-    Balloon(u32, u64),
+    /// The balloon was there first.
+    #[error(
+        "Machine config error: The memory size (MiB) is smaller than the previously set balloon device target size."
+    )]
+    MemoryBelowBalloon,
+    /// The memory was there first.
+    #[error("Balloon config error: Amount of pages requested is too large.")]
+    BalloonAboveMemory,
     /// Names of disks.
-    #[error("the drive_id {0:?} is used twice, or is not made of letters, digits and underscores")]
+    #[error(
+        "Drive config error: the drive_id {0:?} is used twice, or is not made of letters, digits and underscores"
+    )]
     DriveId(String),
     /// Root disks.
-    #[error("only one drive can be the root device; {0} and {1} are")]
-    TwoRoots(String, String),
+    #[error("Drive config error: A root block device already exists!")]
+    TwoRoots,
 }
 
 impl Config {
@@ -221,28 +311,26 @@ impl Config {
             return Err(Error::Unsupported(if smt { "smt" } else { "track_dirty_pages" }));
         }
         if !(1..=CPUS_MAX).contains(&vcpu_count) {
-            return Err(Error::Cpus(vcpu_count));
+            return Err(Error::Cpus);
         }
         let odd = huge_pages == HugePages::TwoMegabytes && mem_size_mib % 2 != 0;
         if !(1..=MEMORY_MAX_MIB).contains(&mem_size_mib) || odd {
-            return Err(Error::Memory(mem_size_mib));
+            return Err(Error::Memory);
         }
         if let Some(balloon) = self.balloon
             && u64::from(balloon.amount_mib) > mem_size_mib
         {
-            return Err(Error::Balloon(balloon.amount_mib, mem_size_mib));
+            return Err(Error::BalloonAboveMemory);
         }
-        let mut root: Option<&Drive> = None;
+        let mut root = false;
         for (index, drive) in self.drives.iter().enumerate() {
             let id = &drive.drive_id;
             let plain = !id.is_empty() && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
             if !plain || self.drives[..index].iter().any(|other| other.drive_id == *id) {
                 return Err(Error::DriveId(id.clone()));
             }
-            if drive.is_root_device
-                && let Some(other) = root.replace(drive)
-            {
-                return Err(Error::TwoRoots(other.drive_id.clone(), id.clone()));
+            if drive.is_root_device && std::mem::replace(&mut root, true) {
+                return Err(Error::TwoRoots);
             }
         }
         Ok(())

@@ -17,6 +17,8 @@ pub enum Source {
     Device(usize, usize),
     /// The API was asked for something.
     Api,
+    /// It is time to tell what was counted.
+    Metrics,
     /// Somebody types.
     Input,
     /// The guest's console has room for input.

@@ -2,6 +2,7 @@
 //! running guest ([`builder::build`] is the sequence, top to bottom).
 
 pub mod api;
+pub mod boot_timer;
 pub mod builder;
 mod bus;
 pub mod config;
@@ -9,7 +10,10 @@ pub mod confine;
 mod console;
 mod events;
 pub mod kernel;
+mod keyboard;
+pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 mod vcpu;
 pub mod x86;

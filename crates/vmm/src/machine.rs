@@ -3,10 +3,14 @@
 use std::io::{self, Stdin};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use kapsel_devices::balloon::Balloon;
+use kapsel_devices::Kind;
+use kapsel_devices::balloon::{Balloon, Statistics, StatisticsError};
 use kapsel_devices::block::{self, Block};
 use kapsel_devices::mmio::Transport;
+use kapsel_devices::rate::Limits;
+use kapsel_devices::timer::Timer;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -15,12 +19,16 @@ use crate::api::control::Running;
 use crate::bus::{Bus, lock};
 use crate::confine::Filter;
 use crate::events::{Events, Source};
+use crate::metrics::{self, Metrics};
 use crate::vcpu::Processors;
 
 pub use crate::bus::{End, Exits};
 
 /// Devices that can be changed while the machine runs.
+#[derive(Default)]
 pub(crate) struct Handles {
+    /// Names of the devices in the order of their places, for those that have one.
+    pub names: Vec<Option<String>>,
     pub disks: Vec<Disk>,
     pub balloon: Option<SharedBalloon>,
 }
@@ -29,6 +37,17 @@ pub(crate) struct Handles {
 pub(crate) type SharedBalloon = Arc<Mutex<Transport<Balloon>>>;
 /// A disk by its name.
 pub(crate) type Disk = (String, Arc<Mutex<Transport<Block>>>);
+
+/// Firecracker's word for the counters of such devices.
+fn group(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Net => "net",
+        Kind::Block => "block",
+        Kind::Rng => "entropy",
+        Kind::Balloon => "balloon",
+        Kind::Vsock => "vsock",
+    }
+}
 
 /// A machine, built and not yet running.
 pub struct Machine {
@@ -40,6 +59,8 @@ pub struct Machine {
     handles: Handles,
     api: Option<(Server, Running)>,
     filter: Filter,
+    metrics: Metrics,
+    flush: Timer,
     _vm: VmFd,
     _memory: kapsel_devices::Memory,
 }
@@ -72,9 +93,21 @@ impl Machine {
                 events.watch(descriptor, Source::Device(device, index))?;
             }
         }
-        let (input, api) = (None, None);
-        let mut machine =
-            Machine { processors, bus, events, input, handles, api, filter, _vm: vm, _memory: memory };
+        let flush = Timer::new()?;
+        events.watch(&flush, Source::Metrics)?;
+        let mut machine = Machine {
+            processors,
+            bus,
+            events,
+            input: None,
+            handles,
+            api: None,
+            filter,
+            metrics: Metrics::default(),
+            flush,
+            _vm: vm,
+            _memory: memory,
+        };
         machine.watch_input(drained)?;
         Ok(machine)
     }
@@ -118,6 +151,61 @@ impl Machine {
         disk.map_or(Ok(()), |(_, disk)| lock(disk).reconfigure(|block| block.replace(path)))
     }
 
+    /// Changes how fast a disk may be; limits that are absent stay. A name that no disk has changes nothing.
+    pub fn limit_disk(&self, name: &str, limits: Limits) {
+        if let Some((_, disk)) = self.handles.disks.iter().find(|(other, _)| other == name) {
+            lock(disk).device_mut().limit(limits);
+        }
+    }
+
+    /// How many pages the balloon has and what the guest said about its memory, if there is a balloon.
+    pub fn balloon_statistics(&self) -> Option<(u32, Result<Statistics, StatisticsError>)> {
+        let balloon = lock(self.handles.balloon.as_ref()?);
+        Some((balloon.device().actual_pages(), balloon.device().statistics()))
+    }
+
+    /// Asks for the balloon's statistics at another interval.
+    ///
+    /// # Errors
+    /// When that would switch them on or off.
+    pub fn poll_balloon_statistics(&self, interval: Duration) -> Result<(), StatisticsError> {
+        let balloon = self.handles.balloon.as_ref();
+        balloon.map_or(Ok(()), |balloon| lock(balloon).device_mut().poll_statistics(interval))
+    }
+
+    /// Presses Ctrl, Alt and Del. False when the guest has not read what was typed before.
+    pub fn press_ctrl_alt_del(&self) -> bool {
+        lock(&self.bus.keyboard).press_ctrl_alt_del()
+    }
+
+    /// From now on the machine counts in `metrics`, and tells them from time to time.
+    pub fn count_in(&mut self, metrics: Metrics) {
+        if metrics.wanted() {
+            self.flush.every(metrics::INTERVAL);
+        }
+        self.metrics = metrics;
+    }
+
+    /// Tells what was counted.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn flush_metrics(&mut self) -> Result<(), metrics::Error> {
+        let exits = self.bus.exits.named().map(|(name, count)| (("vcpu".to_owned(), name), count));
+        let mut counters = exits.to_vec();
+        for (slot, name) in self.bus.slots.iter().zip(&self.handles.names) {
+            let slot = lock(slot);
+            let kind = group(slot.kind());
+            for (counter, count) in slot.metrics() {
+                counters.push(((kind.to_owned(), counter), count));
+                if let Some(name) = name {
+                    counters.push(((format!("{kind}_{name}"), counter), count));
+                }
+            }
+        }
+        self.metrics.flush(counters)
+    }
+
     /// Tells the guest how large its balloon shall be, in MiB. A machine without one does not change.
     pub fn resize_balloon(&self, mib: u32) {
         if let Some(balloon) = &self.handles.balloon {
@@ -155,6 +243,12 @@ impl Machine {
             Source::Input => self.read_input()?,
             Source::InputRoom => self.reopen_input()?,
             Source::Api => self.answer_calls(),
+            Source::Metrics => {
+                self.flush.clear();
+                if let Err(error) = self.flush_metrics() {
+                    tracing::warn!(%error);
+                }
+            }
             Source::Stop => {}
         }
         Ok(())
@@ -163,8 +257,11 @@ impl Machine {
     fn answer_calls(&mut self) {
         let Some((server, mut running)) = self.api.take() else { return };
         while let Some(call) = server.next() {
+            let counters = call.request.counters();
+            let answer = running.handle(call.request, self);
+            self.metrics.count_request(counters, answer.is_err());
             // A client that has gone does not want the answer.
-            let _ = call.reply.send(running.handle(call.request, self));
+            let _ = call.reply.send(answer);
         }
         self.api = Some((server, running));
     }

@@ -1,20 +1,23 @@
 //! `kapsel-vmm`: runs one microVM.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kapsel_vmm::api::Server;
 use kapsel_vmm::api::control::{Answer, Next, PreBoot};
-use kapsel_vmm::builder;
+use kapsel_vmm::boot_timer::{BootTimer, processor_time};
+use kapsel_vmm::builder::{self, Surroundings};
 use kapsel_vmm::config::Config;
 use kapsel_vmm::confine::{self, Policy, Thread};
 use kapsel_vmm::machine::{End, Machine};
-use tracing_subscriber::filter::LevelFilter;
+use kapsel_vmm::metrics::{Metrics, Startup};
+use kapsel_vmm::{log, metrics};
+use rustix::time::{ClockId, clock_gettime};
 
 /// Run one microVM. Its serial console is the standard input and output; the exit status is 0 when the guest powers itself
 /// off or resets.
@@ -33,12 +36,23 @@ struct Options {
     /// The instance's name
     #[arg(long, default_value = "anonymous-instance", value_parser = instance_id)]
     id: String,
-    /// Where messages go instead of the standard error output
+    #[command(flatten)]
+    log: LogOptions,
+    /// Where counters are told
     #[arg(long, value_name = "FILE")]
-    log_path: Option<PathBuf>,
-    /// The least important messages that are written: off, error, warn, info, debug or trace
-    #[arg(long, value_name = "LEVEL", default_value = "warn", ignore_case = true)]
-    level: LevelFilter,
+    metrics_path: Option<PathBuf>,
+    /// Say in the log how long the guest took to boot, when it writes 123 to the byte at 0xc0000000
+    #[arg(long)]
+    boot_timer: bool,
+    /// When the process was started, in microseconds of the monotonic clock; a jailer says so
+    #[arg(long, value_name = "TIME", hide_short_help = true)]
+    start_time_us: Option<u64>,
+    /// What the process had used of the processor by then, in microseconds; a jailer says so
+    #[arg(long, value_name = "TIME", hide_short_help = true)]
+    start_time_cpu_us: Option<u64>,
+    /// What its parent had used of the processor, in microseconds; a jailer says so
+    #[arg(long, value_name = "TIME", hide_short_help = true)]
+    parent_cpu_time_us: Option<u64>,
     /// Let the monitor's threads make any system call
     #[arg(long, conflicts_with = "seccomp_filter")]
     no_seccomp: bool,
@@ -47,7 +61,52 @@ struct Options {
     seccomp_filter: Option<PathBuf>,
 }
 
+#[derive(clap::Args)]
+struct LogOptions {
+    /// Where messages go instead of the standard error output
+    #[arg(long, value_name = "FILE")]
+    log_path: Option<PathBuf>,
+    /// The least important messages that are written: Off, Error, Warning, Info, Debug or Trace
+    #[arg(long, value_name = "LEVEL", default_value = "Info")]
+    level: log::Level,
+    /// Write messages with their levels
+    #[arg(long)]
+    show_level: bool,
+    /// Write messages with their places in the source
+    #[arg(long)]
+    show_log_origin: bool,
+    /// Write only messages of modules whose path begins so
+    #[arg(long, value_name = "PATH")]
+    module: Option<String>,
+}
+
 impl Options {
+    fn start_log(&self) -> Result<RawFd> {
+        let settings = log::Settings {
+            log_path: self.log.log_path.clone(),
+            level: Some(self.log.level),
+            show_level: Some(self.log.show_level),
+            show_log_origin: Some(self.log.show_log_origin),
+            module: self.log.module.clone(),
+        };
+        log::start(&self.id);
+        log::configure(&settings).with_context(|| format!("cannot open the log {:?}", settings.log_path))
+    }
+
+    fn metrics(&self) -> Result<Metrics, metrics::Error> {
+        let monotonic = || clock_gettime(ClockId::Monotonic).try_into().unwrap_or_default();
+        let since = |now: Duration, then: u64| (now.as_micros() as u64).saturating_sub(then);
+        let processor = self.start_time_cpu_us.map_or(0, |then| since(processor_time(), then));
+        let mut metrics = Metrics::new(Startup {
+            wall: self.start_time_us.map_or(0, |then| since(monotonic(), then)),
+            processor: processor.saturating_add(self.parent_cpu_time_us.unwrap_or(0)),
+        });
+        if let Some(path) = &self.metrics_path {
+            metrics.configure(&metrics::Settings { metrics_path: path.clone() })?;
+        }
+        Ok(metrics)
+    }
+
     fn policy(&self) -> Result<Policy, confine::Error> {
         match &self.seccomp_filter {
             _ if self.no_seccomp => Ok(Policy::Off),
@@ -70,26 +129,31 @@ const CONFIG_MAX: u64 = 1 << 20;
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
-    confine::install_trap(start_log(&options)?)?;
-    let policy = options.policy()?;
-    let filter = policy.filter(Thread::Api, &confine::api())?;
+    let boot_timer = options.boot_timer.then(BootTimer::start);
+    confine::install_trap(options.start_log()?)?;
+    let surroundings = Surroundings { policy: options.policy()?, boot_timer };
+    let filter = surroundings.policy.filter(Thread::Api, &confine::api())?;
     let server = (!options.no_api).then(|| Server::start(&options.api_sock, filter)).transpose();
     let server = server.with_context(|| format!("cannot listen at {}", options.api_sock.display()))?;
     // The machine's console is the monitor's own.
-    let build = |config: &Config| builder::build(config, Box::new(io::stdout()), &policy);
-    let pre_boot = |config| PreBoot::new(options.id.clone(), config);
+    let build = |config: &Config| builder::build(config, Box::new(io::stdout()), &surroundings);
+    let metrics = options.metrics()?;
+    let pre_boot = |config| PreBoot::new(options.id.clone(), config, metrics);
     let mut machine = match (&options.config_file, server) {
         (Some(path), server) => {
-            let (running, mut machine) = pre_boot(read_config(path)?).start(build)?;
+            let (running, mut machine) = pre_boot(read_config(path)?)?.start(build)?;
             if let Some(server) = server {
                 machine.answer(server, running)?;
             }
             machine
         }
-        (None, Some(server)) => wait_for_start(pre_boot(Config::default()), server, build)?,
+        (None, Some(server)) => wait_for_start(pre_boot(Config::default())?, server, build)?,
         (None, None) => bail!("--no-api needs --config-file"),
     };
     let end = machine.run().context("the machine's event loop failed")?;
+    if let Err(error) = machine.flush_metrics() {
+        tracing::warn!(%error);
+    }
     tracing::info!(?end, exits = machine.exits().total(), counted = ?machine.exits(), "the machine ended");
     match end {
         End::PowerOff | End::Reset => Ok(ExitCode::SUCCESS),
@@ -121,23 +185,6 @@ fn wait_for_start(
 }
 
 /// Starts the log and gives its descriptor, which stays open.
-fn start_log(options: &Options) -> Result<RawFd> {
-    let subscriber = tracing_subscriber::fmt().with_max_level(options.level).with_ansi(false);
-    match &options.log_path {
-        None => {
-            subscriber.with_writer(io::stderr).init();
-            Ok(io::stderr().as_raw_fd())
-        }
-        Some(path) => {
-            let file = std::fs::File::options().create(true).append(true).open(path);
-            let file = file.with_context(|| format!("cannot open the log {}", path.display()))?;
-            let descriptor = file.as_raw_fd();
-            subscriber.with_writer(Mutex::new(file)).init();
-            Ok(descriptor)
-        }
-    }
-}
-
 fn read_config(path: &std::path::Path) -> Result<Config> {
     let failed = || format!("cannot read the configuration {}", path.display());
     let mut json = Vec::new();

@@ -4,6 +4,7 @@ mod file;
 mod request;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use virtio_bindings::virtio_blk::{
@@ -13,7 +14,8 @@ use virtio_bindings::virtio_blk::{
 
 use crate::calls::{SystemCall, SystemCalls, any};
 use crate::queue::{Queue, QueueError};
-use crate::{Activation, Device, Event, Kind};
+use crate::rate::{Limiter, Limits};
+use crate::{Activation, Device, Event, Kind, Metric};
 use file::Backing;
 
 /// A sector of the virtio protocol, in bytes, whatever the disk's own is.
@@ -29,6 +31,8 @@ const DISCARD_SECTORS_MAX: u32 = 1 << 23;
 /// Sectors that one range of zeroes may have: 1 MiB. It may have to be written.
 const ZERO_SECTORS_MAX: u32 = 2048;
 
+/// The limiter's timer is stopped.
+const RESET: &[SystemCall] = &[any(libc::SYS_timerfd_settime)];
 /// Data moves, and another file takes the place of the first.
 const CALLS: &[SystemCall] = &[
     any(libc::SYS_preadv),
@@ -41,6 +45,7 @@ const CALLS: &[SystemCall] = &[
     any(libc::SYS_fstat),
     any(libc::SYS_newfstatat),
     any(libc::SYS_lseek),
+    RESET[0],
 ];
 
 /// Why a disk cannot be used.
@@ -54,6 +59,9 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The host has no more descriptors.
+    #[error("a disk needs a timer: {0}")]
+    Timer(io::Error),
     /// It is a directory, a pipe or the like.
     #[error("the disk {0} is neither a regular file nor a block device")]
     Kind(PathBuf),
@@ -70,6 +78,16 @@ pub struct Config {
     pub read_only: bool,
     /// Whether the guest may ask for its writes to be durable. Without it the host's cache decides.
     pub flush: bool,
+    /// How fast it may be.
+    pub limits: Limits,
+}
+
+/// Whether a file can be a disk.
+///
+/// # Errors
+/// [`Error`] when it cannot.
+pub fn check(path: &Path, read_only: bool) -> Result<(), Error> {
+    Backing::open(path, read_only).map(drop)
 }
 
 /// A disk.
@@ -77,7 +95,25 @@ pub struct Config {
 pub struct Block {
     config: Config,
     backing: Backing,
+    limiter: Limiter,
+    counters: Counters,
     queue: Option<Queue>,
+}
+
+/// What a disk has done so far.
+#[derive(Debug, Default)]
+struct Counters {
+    read_count: u64,
+    read_bytes: u64,
+    write_count: u64,
+    write_bytes: u64,
+    flush_count: u64,
+    /// Requests that failed.
+    execute_fails: u64,
+    /// Requests that are none.
+    invalid_reqs_count: u64,
+    /// Files that were replaced.
+    update_count: u64,
 }
 
 impl Block {
@@ -87,7 +123,8 @@ impl Block {
     /// [`Error`] when it cannot be opened or is no disk.
     pub fn new(config: Config) -> Result<Self, Error> {
         let backing = Backing::open(&config.path, config.read_only)?;
-        Ok(Block { config, backing, queue: None })
+        let limiter = Limiter::new(config.limits).map_err(Error::Timer)?;
+        Ok(Block { config, backing, limiter, counters: Counters::default(), queue: None })
     }
 
     /// What the disk is made of.
@@ -103,7 +140,13 @@ impl Block {
     pub fn replace(&mut self, path: &Path) -> Result<(), Error> {
         self.backing = Backing::open(path, self.config.read_only)?;
         self.config.path = path.to_owned();
+        self.counters.update_count += 1;
         Ok(())
+    }
+
+    /// Changes how fast the disk may be; what is absent stays.
+    pub fn limit(&mut self, limits: Limits) {
+        self.limiter.set(limits);
     }
 }
 
@@ -152,20 +195,46 @@ impl Device for Block {
     }
 
     fn reset(&mut self) {
+        self.limiter.rest();
         self.queue = None;
     }
 
     fn system_calls(&self) -> SystemCalls {
-        SystemCalls { events: CALLS, registers: &[] }
+        SystemCalls { events: CALLS, registers: RESET }
     }
 
-    fn handle(&mut self, _event: Event) -> Result<bool, QueueError> {
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.limiter.timer()]
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        let counters = &self.counters;
+        vec![
+            ("read_count", counters.read_count),
+            ("read_bytes", counters.read_bytes),
+            ("write_count", counters.write_count),
+            ("write_bytes", counters.write_bytes),
+            ("flush_count", counters.flush_count),
+            ("execute_fails", counters.execute_fails),
+            ("invalid_reqs_count", counters.invalid_reqs_count),
+            ("update_count", counters.update_count),
+            ("rate_limiter_throttled_events", self.limiter.throttled()),
+        ]
+    }
+
+    fn handle(&mut self, event: Event) -> Result<bool, QueueError> {
+        if let Event::Source(_) = event {
+            self.limiter.wake();
+        }
         let Some(queue) = &mut self.queue else { return Ok(false) };
-        let disk = request::Disk { backing: &self.backing, config: &self.config };
+        let (backing, config) = (&self.backing, &self.config);
+        let (limiter, counters) = (&mut self.limiter, &mut self.counters);
         queue.serve(|chain| match chain {
-            Ok(chain) => Some(disk.serve(chain)),
+            Ok(chain) if !limiter.admits(request::data_length(&chain)) => None,
+            Ok(chain) => Some(request::Disk { backing, config, counters }.serve(chain)),
             Err(error) => {
-                tracing::debug!(disk = self.config.serial, %error, "a disk request is malformed");
+                tracing::debug!(disk = config.serial, %error, "a disk request is malformed");
+                counters.invalid_reqs_count += 1;
                 Some(0)
             }
         })

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::ByteValued;
 
 use super::file::{Backing, Direction};
-use super::{Config, DISCARD_SECTORS_MAX, RANGES_MAX, SECTOR, ZERO_SECTORS_MAX};
+use super::{Config, Counters, DISCARD_SECTORS_MAX, RANGES_MAX, SECTOR, ZERO_SECTORS_MAX};
 use crate::chain::{Buffers, Chain, TooShort};
 
 /// Length of a serial number, in bytes.
@@ -51,18 +51,29 @@ enum Failure {
 pub struct Disk<'a> {
     pub backing: &'a Backing,
     pub config: &'a Config,
+    pub counters: &'a mut Counters,
+}
+
+/// How many bytes a request moves, without its header and its status.
+pub fn data_length(chain: &Chain<'_>) -> u64 {
+    let overhead = size_of::<Header>() as u64 + 1;
+    (chain.readable.len() + chain.writable.len()).saturating_sub(overhead)
 }
 
 impl Disk<'_> {
     /// Serves a request and returns how many bytes were written into its buffers.
-    pub fn serve(&self, mut chain: Chain<'_>) -> u32 {
+    pub fn serve(&mut self, mut chain: Chain<'_>) -> u32 {
         // Without a place for the status the driver learns nothing, whatever is done.
         let Some(data_length) = chain.writable.len().checked_sub(1) else { return 0 };
         let Ok(mut status) = chain.writable.split_off(data_length) else { return 0 };
         let (code, written) = match self.execute(chain) {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Failure::Unsupported) => {
+                self.counters.invalid_reqs_count += 1;
+                (VIRTIO_BLK_S_UNSUPP, 0)
+            }
             Err(error) => {
+                self.counters.execute_fails += 1;
                 tracing::debug!(disk = self.config.serial, %error, "a disk request failed");
                 (VIRTIO_BLK_S_IOERR, 0)
             }
@@ -73,23 +84,29 @@ impl Disk<'_> {
         }
     }
 
-    fn execute(&self, mut chain: Chain<'_>) -> Result<u32, Failure> {
+    fn execute(&mut self, mut chain: Chain<'_>) -> Result<u32, Failure> {
         let Header(header) = chain.readable.read_obj()?;
         match header.type_ {
             VIRTIO_BLK_T_IN => {
                 let offset = self.bounds(header.sector, chain.writable.len())?;
                 let length = chain.writable.len() as u32;
                 self.backing.transfer(Direction::Read, offset, chain.writable)?;
+                self.counters.read_count += 1;
+                self.counters.read_bytes += u64::from(length);
                 Ok(length)
             }
             VIRTIO_BLK_T_OUT => {
                 self.writable()?;
-                let offset = self.bounds(header.sector, chain.readable.len())?;
+                let length = chain.readable.len();
+                let offset = self.bounds(header.sector, length)?;
                 self.backing.transfer(Direction::Write, offset, chain.readable)?;
+                self.counters.write_count += 1;
+                self.counters.write_bytes += length;
                 Ok(0)
             }
             VIRTIO_BLK_T_FLUSH if self.config.flush => {
                 self.backing.flush()?;
+                self.counters.flush_count += 1;
                 Ok(0)
             }
             VIRTIO_BLK_T_GET_ID => {
@@ -166,6 +183,8 @@ mod tests {
 
     use super::*;
     use crate::block::Block;
+    use crate::mmio::Slot;
+    use crate::rate::{Limit, Limits};
     use crate::testing::{Random, Rig, fuzz};
 
     const HEADER: u64 = 0x2000;
@@ -183,7 +202,9 @@ mod tests {
             let file = tempfile::NamedTempFile::new().unwrap();
             let content: Vec<u8> = (0..64 * SECTOR).map(|n| (n / SECTOR) as u8).collect();
             file.as_file().write_all_at(&content, 0).unwrap();
-            let config = Config { serial: "rootfs".into(), path: file.path().into(), read_only, flush: true };
+            let limits = Limits::default();
+            let config =
+                Config { serial: "rootfs".into(), path: file.path().into(), read_only, flush: true, limits };
             Test { rig: Rig::new(Block::new(config).unwrap()), file }
         }
 
@@ -361,9 +382,37 @@ mod tests {
     }
 
     #[test]
+    fn a_limited_disk_lets_requests_wait_and_counts_them() {
+        let mut test = Test::new(false);
+        let limit = Limit { size: 2, burst: 0, refill: std::time::Duration::from_secs(3600) };
+        test.rig.transport.device_mut().limit(Limits { bandwidth: None, operations: Some(limit) });
+        for sector in [1, 2] {
+            assert_eq!(test.request(VIRTIO_BLK_T_IN, sector, &[(DATA, 512, true)]), (0, 513));
+        }
+        let driver = &mut test.rig.drivers[0];
+        driver.add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+        test.rig.kick(0);
+        test.rig.kick(0);
+        assert_eq!(test.rig.drivers[0].used(), []);
+        // As if an hour had passed.
+        test.rig.transport.device_mut().limit(Limits { bandwidth: None, operations: Some(limit) });
+        test.rig.transport.source(0);
+        assert_eq!(test.rig.drivers[0].used().len(), 1);
+        let metrics = test.rig.transport.metrics();
+        for expected in [("read_count", 3), ("read_bytes", 1536), ("rate_limiter_throttled_events", 1)] {
+            assert!(metrics.contains(&expected), "{metrics:?}");
+        }
+    }
+
+    #[test]
     fn what_is_no_disk_is_refused() {
-        let config =
-            |path: &str| Config { serial: "x".into(), path: path.into(), read_only: true, flush: false };
+        let config = |path: &str| Config {
+            serial: "x".into(),
+            path: path.into(),
+            read_only: true,
+            flush: false,
+            limits: Limits::default(),
+        };
         assert!(matches!(Block::new(config("/proc")), Err(super::super::Error::Kind(_))));
         assert!(matches!(Block::new(config("/dev/null")), Err(super::super::Error::Kind(_))));
         assert!(matches!(Block::new(config("/nonexistent")), Err(super::super::Error::Open { .. })));
@@ -374,8 +423,13 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(64 * SECTOR).unwrap();
         let make = || {
-            let config =
-                Config { serial: "f".into(), path: file.path().into(), read_only: false, flush: false };
+            let config = Config {
+                serial: "f".into(),
+                path: file.path().into(),
+                read_only: false,
+                flush: false,
+                limits: Limits::default(),
+            };
             Block::new(config).unwrap()
         };
         fuzz(400, make, |random: &mut Random| {

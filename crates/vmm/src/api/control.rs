@@ -1,12 +1,21 @@
 //! What can be asked of a machine: before its start it is put together, afterwards it is paused, resumed and its disks
 //! are changed.
 
+use std::fs::File;
+use std::time::Duration;
+
+use kapsel_devices::block;
 use serde_json::{Value, json};
 
-use super::request::Request;
-use crate::builder;
-use crate::config::{self, Config, Drive};
+use super::fault::Fault;
+use super::request::{DriveUpdate, Request};
+use crate::config::{BootSource, Config, Drive};
 use crate::machine::Machine;
+use crate::metrics::Metrics;
+use crate::{builder, confine, log};
+
+/// The API of which version of Firecracker this is, as far as it goes.
+pub const API_VERSION: &str = "1.14.0";
 
 /// What a request that could be done gives.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,43 +26,12 @@ pub enum Answer {
     Value(Value),
 }
 
-/// Why a request cannot be done. The first texts are Firecracker's, because clients look at them.
-#[derive(Debug, thiserror::Error)]
-pub enum Fault {
-    /// Only possible before the start.
-    #[error("The requested operation is not supported after starting the microVM.")]
-    AfterStart,
-    /// Only possible after the start.
-    #[error("The requested operation is not supported before starting the microVM.")]
-    BeforeStart,
-    /// Nothing to boot.
-    #[error("Cannot start microvm without kernel configuration.")]
-    NoKernel,
-    /// The machine is not made as it was asked for.
-    #[error("Start microvm error: {0}")]
-    Build(#[from] builder::Error),
-    /// The configuration is impossible.
-    #[error("{0}")]
-    Config(#[from] config::Error),
-    /// No disk of that name.
-    #[error("Unable to patch the block device: there is no drive {0}")]
-    NoDrive(String),
-    /// The disk's new file cannot be used.
-    #[error("Unable to patch the block device: {0}")]
-    Drive(#[from] kapsel_devices::block::Error),
-    /// There is no balloon.
-    #[error("No balloon device found.")]
-    NoBalloon,
-    /// The machine has ended.
-    #[error("the machine has ended")]
-    Ended,
-}
-
 /// A machine that is put together.
 #[derive(Debug)]
 pub struct PreBoot {
     id: String,
     config: Config,
+    metrics: Metrics,
 }
 
 /// A machine that was started.
@@ -73,8 +51,19 @@ pub enum Next {
 
 impl PreBoot {
     /// An instance of that name, with a configuration to begin with.
-    pub fn new(id: String, config: Config) -> Self {
-        PreBoot { id, config }
+    ///
+    /// # Errors
+    /// When the log or the metrics that it asks for cannot be written.
+    pub fn new(id: String, config: Config, metrics: Metrics) -> Result<Self, Fault> {
+        let mut pre_boot = PreBoot { id, config: Config::default(), metrics };
+        if let Some(settings) = &config.logger {
+            configure_log(settings)?;
+        }
+        if let Some(settings) = &config.metrics {
+            pre_boot.metrics.configure(settings)?;
+        }
+        pre_boot.config = config;
+        Ok(pre_boot)
     }
 
     /// Does one request. `build` makes the machine when the request is to start.
@@ -83,10 +72,13 @@ impl PreBoot {
         request: Request,
         build: impl FnOnce(&Config) -> Result<Machine, builder::Error>,
     ) -> Next {
+        let counters = request.counters();
         if request != Request::Start {
             let answer = self.configure(request);
+            self.metrics.count_request(counters, answer.is_err());
             return Next::Wait(self, answer);
         }
+        self.metrics.count_request(counters, false);
         match self.start(build) {
             Ok((running, machine)) => Next::Run(running, Box::new(machine)),
             Err(fault) => Next::Wait(self, Err(fault)),
@@ -98,13 +90,14 @@ impl PreBoot {
     /// # Errors
     /// [`Fault`]; it can be put together in another way then.
     pub fn start(
-        &self,
+        &mut self,
         build: impl FnOnce(&Config) -> Result<Machine, builder::Error>,
     ) -> Result<(Running, Machine), Fault> {
         if self.config.boot_source.is_none() {
             return Err(Fault::NoKernel);
         }
-        let machine = build(&self.config)?;
+        let mut machine = build(&self.config)?;
+        machine.count_in(std::mem::take(&mut self.metrics));
         Ok((Running { id: self.id.clone(), config: self.config.clone(), paused: false }, machine))
     }
 
@@ -114,16 +107,29 @@ impl PreBoot {
             Request::GetInstance => return Ok(instance(&self.id, "Not started")),
             Request::GetMachineConfig => return Ok(value(&config.machine_config)),
             Request::GetConfig => return Ok(value(&config)),
-            Request::PutBootSource(source) => config.boot_source = Some(source),
+            Request::PutBootSource(source) => {
+                check_boot_source(&source)?;
+                config.boot_source = Some(source);
+            }
             Request::PutMachineConfig(machine) => config.machine_config = machine,
             Request::PatchMachineConfig(update) => update.apply(&mut config.machine_config),
-            Request::PutDrive(drive) => put_drive(&mut config.drives, drive),
+            Request::PutDrive(drive) => {
+                block::check(&drive.path_on_host, drive.is_read_only).map_err(Fault::Drive)?;
+                put_drive(&mut config.drives, drive);
+            }
             Request::GetBalloon => return config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
             Request::PutBalloon(balloon) => config.balloon = Some(balloon),
             Request::PutVsock(vsock) => config.vsock = Some(vsock),
             Request::PutEntropy(entropy) => config.entropy = Some(entropy),
+            Request::PutLogger(settings) => configure_log(&settings)?,
+            Request::PutMetrics(settings) => self.metrics.configure(&settings)?,
+            Request::GetVersion => return Ok(version()),
             Request::PatchDrive(_)
             | Request::PatchBalloon(_)
+            | Request::GetBalloonStatistics
+            | Request::PatchBalloonStatistics(_)
+            | Request::FlushMetrics
+            | Request::SendCtrlAltDel
             | Request::Pause
             | Request::Resume
             | Request::Start => {
@@ -134,6 +140,20 @@ impl PreBoot {
         self.config = config;
         Ok(Answer::Done)
     }
+}
+
+/// What the machine shall start from has to be there when it is named.
+fn check_boot_source(source: &BootSource) -> Result<(), Fault> {
+    File::open(&source.kernel_image_path).map_err(Fault::Kernel)?;
+    if let Some(path) = &source.initrd_path {
+        File::open(path).map_err(Fault::Initrd)?;
+    }
+    Ok(())
+}
+
+fn configure_log(settings: &log::Settings) -> Result<(), Fault> {
+    confine::set_log(log::configure(settings).map_err(Fault::Logger)?);
+    Ok(())
 }
 
 fn put_drive(drives: &mut Vec<Drive>, drive: Drive) {
@@ -148,7 +168,7 @@ impl Running {
     ///
     /// # Errors
     /// [`Fault`]; the machine is as before.
-    pub fn handle(&mut self, request: Request, machine: &Machine) -> Result<Answer, Fault> {
+    pub fn handle(&mut self, request: Request, machine: &mut Machine) -> Result<Answer, Fault> {
         match request {
             Request::GetInstance => Ok(instance(&self.id, if self.paused { "Paused" } else { "Running" })),
             Request::GetMachineConfig => Ok(value(&self.config.machine_config)),
@@ -163,13 +183,7 @@ impl Running {
                 self.paused = false;
                 Ok(Answer::Done)
             }
-            Request::PatchDrive(update) => {
-                let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == update.drive_id);
-                let drive = drive.ok_or_else(|| Fault::NoDrive(update.drive_id.clone()))?;
-                machine.replace_disk(&update.drive_id, &update.path_on_host)?;
-                drive.path_on_host = update.path_on_host;
-                Ok(Answer::Done)
-            }
+            Request::PatchDrive(update) => self.patch_drive(update, machine),
             Request::GetBalloon => self.config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
             Request::PatchBalloon(update) => {
                 let mut config = self.config.clone();
@@ -179,7 +193,42 @@ impl Running {
                 self.config = config;
                 Ok(Answer::Done)
             }
-            Request::PutBootSource(_)
+            Request::GetBalloonStatistics => {
+                let (pages, statistics) = machine.balloon_statistics().ok_or(Fault::NoBalloon)?;
+                let target = self.config.balloon.map_or(0, |balloon| balloon.amount_mib);
+                let mut answer = json!({
+                    "target_pages": u64::from(target) * 256,
+                    "target_mib": target,
+                    "actual_pages": pages,
+                    "actual_mib": pages / 256,
+                });
+                for (name, number) in statistics?.known() {
+                    answer[name] = json!(number);
+                }
+                Ok(Answer::Value(answer))
+            }
+            Request::PatchBalloonStatistics(update) => {
+                let balloon = self.config.balloon.as_mut().ok_or(Fault::NoBalloon)?;
+                let seconds = update.stats_polling_interval_s;
+                machine.poll_balloon_statistics(Duration::from_secs(seconds.into()))?;
+                balloon.stats_polling_interval_s = seconds;
+                Ok(Answer::Done)
+            }
+            Request::GetVersion => Ok(version()),
+            Request::FlushMetrics => {
+                machine.flush_metrics()?;
+                Ok(Answer::Done)
+            }
+            Request::SendCtrlAltDel => {
+                if machine.press_ctrl_alt_del() {
+                    Ok(Answer::Done)
+                } else {
+                    Err(Fault::Keyboard)
+                }
+            }
+            Request::PutLogger(_)
+            | Request::PutMetrics(_)
+            | Request::PutBootSource(_)
             | Request::PutMachineConfig(_)
             | Request::PatchMachineConfig(_)
             | Request::PutDrive(_)
@@ -189,6 +238,24 @@ impl Running {
             | Request::Start => Err(Fault::AfterStart),
         }
     }
+
+    fn patch_drive(&mut self, update: DriveUpdate, machine: &Machine) -> Result<Answer, Fault> {
+        let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == update.drive_id);
+        let drive = drive.ok_or_else(|| Fault::NoDrive(update.drive_id.clone()))?;
+        if let Some(path) = update.path_on_host {
+            machine.replace_disk(&update.drive_id, &path)?;
+            drive.path_on_host = path;
+        }
+        if let Some(limiter) = update.rate_limiter {
+            machine.limit_disk(&update.drive_id, limiter.into());
+            drive.rate_limiter.get_or_insert_default().update(limiter);
+        }
+        Ok(Answer::Done)
+    }
+}
+
+fn version() -> Answer {
+    Answer::Value(json!({"firecracker_version": API_VERSION}))
 }
 
 fn instance(id: &str, state: &str) -> Answer {
@@ -203,6 +270,8 @@ fn value(of: &impl serde::Serialize) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::api::request;
 
@@ -214,12 +283,19 @@ mod tests {
         }
     }
 
+    fn pre_boot() -> PreBoot {
+        PreBoot::new("one".into(), Config::default(), Metrics::default()).unwrap()
+    }
+
     #[test]
     fn a_machine_is_put_together_and_what_is_wrong_changes_nothing() {
-        let new = PreBoot::new("one".into(), Config::default());
+        let new = pre_boot();
         let (vm, answer) = ask(new, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#);
-        assert_eq!(answer.unwrap_err().to_string(), "Cannot start microvm without kernel configuration.");
-        let (vm, answer) = ask(vm, "PUT", "/boot-source", r#"{"kernel_image_path":"/k"}"#);
+        assert_eq!(
+            answer.unwrap_err().to_string(),
+            "Start microvm error: Cannot start microvm without kernel configuration."
+        );
+        let (vm, answer) = ask(vm, "PUT", "/boot-source", r#"{"kernel_image_path":"/proc/self/exe"}"#);
         assert_eq!(answer.unwrap(), Answer::Done);
         let (vm, answer) = ask(vm, "PUT", "/machine-config", r#"{"vcpu_count":99,"mem_size_mib":1}"#);
         assert!(answer.is_err());
@@ -236,16 +312,25 @@ mod tests {
 
     #[test]
     fn a_drive_of_the_same_name_is_replaced() {
-        let vm = PreBoot::new("one".into(), Config::default());
+        let vm = pre_boot();
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, [0; 512]).unwrap();
+            path
+        };
         let drive =
-            |path: &str| format!(r#"{{"drive_id":"a","path_on_host":"{path}","is_root_device":true}}"#);
-        let (vm, _) = ask(vm, "PUT", "/drives/a", &drive("/x"));
-        let (vm, _) = ask(vm, "PUT", "/drives/a", &drive("/y"));
+            |path: &Path| json!({"drive_id": "a", "path_on_host": path, "is_root_device": true}).to_string();
+        let (x, y) = (file("x"), file("y"));
+        let (vm, _) = ask(vm, "PUT", "/drives/a", &drive(&x));
+        let (vm, _) = ask(vm, "PUT", "/drives/a", &drive(&y));
+        assert_eq!(vm.config.drives.iter().map(|d| &d.path_on_host).collect::<Vec<_>>(), [&y]);
+        let (vm, answer) = ask(vm, "PUT", "/drives/b", &drive(&x).replace("\"a\"", "\"b\""));
         assert_eq!(
-            vm.config.drives.iter().map(|d| d.path_on_host.to_str()).collect::<Vec<_>>(),
-            [Some("/y")]
+            answer.unwrap_err().to_string(),
+            "Drive config error: A root block device already exists!"
         );
-        let (_, answer) = ask(vm, "PUT", "/drives/b", &drive("/z").replace("\"a\"", "\"b\""));
-        assert!(matches!(answer, Err(Fault::Config(config::Error::TwoRoots(..)))));
+        let (_, answer) = ask(vm, "PUT", "/drives/a", &drive(Path::new("/nonexistent")));
+        assert!(matches!(answer, Err(Fault::Drive(_))));
     }
 }

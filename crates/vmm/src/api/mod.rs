@@ -5,8 +5,10 @@
 
 mod connection;
 pub mod control;
+mod fault;
 mod http;
 pub mod request;
 mod server;
 
+pub use fault::Fault;
 pub use server::{Call, Server};

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::config::{
-    Balloon, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig, MachineConfigUpdate, Vsock,
+    Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig,
+    MachineConfigUpdate, RateLimiter, Vsock,
 };
+use crate::{log, metrics};
 
 /// Something that the API can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,26 +35,44 @@ pub enum Request {
     PutBalloon(Balloon),
     /// Gives it another size.
     PatchBalloon(BalloonUpdate),
+    /// What the guest said about its memory.
+    GetBalloonStatistics,
+    /// Asks the guest at another interval.
+    PatchBalloonStatistics(BalloonStatisticsUpdate),
     /// Adds sockets.
     PutVsock(Vsock),
     /// Adds the entropy device.
     PutEntropy(Entropy),
+    /// Sets up the log.
+    PutLogger(log::Settings),
+    /// Says where counters are told.
+    PutMetrics(metrics::Settings),
+    /// Which API this is.
+    GetVersion,
     /// Starts the machine.
     Start,
+    /// Tells counters now.
+    FlushMetrics,
+    /// Presses keys by which Linux restarts.
+    SendCtrlAltDel,
     /// Holds the machine.
     Pause,
     /// Lets it go on.
     Resume,
 }
 
-/// Another file for a disk.
+/// Another file or other limits for a disk; what is absent stays.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveUpdate {
     /// Which disk.
     pub drive_id: String,
     /// The file; the same one again when its size changed.
-    pub path_on_host: PathBuf,
+    #[serde(default)]
+    pub path_on_host: Option<PathBuf>,
+    /// The limits.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 #[derive(Deserialize)]
@@ -64,6 +84,8 @@ struct Action {
 #[derive(Deserialize)]
 enum ActionType {
     InstanceStart,
+    FlushMetrics,
+    SendCtrlAltDel,
 }
 
 #[derive(Deserialize)]
@@ -76,6 +98,30 @@ struct Vm {
 enum VmState {
     Paused,
     Resumed,
+}
+
+impl Request {
+    /// The counters of such requests and of their failures: group and names. Some are not counted.
+    pub fn counters(&self) -> Option<(&'static str, &'static str, Option<&'static str>)> {
+        let (get, put, patch) = ("get_api_requests", "put_api_requests", "patch_api_requests");
+        Some(match self {
+            Request::GetInstance => (get, "instance_info_count", None),
+            Request::GetMachineConfig => (get, "machine_cfg_count", None),
+            Request::GetVersion => (get, "vmm_version_count", None),
+            Request::PutBootSource(_) => (put, "boot_source_count", Some("boot_source_fails")),
+            Request::PutMachineConfig(_) => (put, "machine_cfg_count", Some("machine_cfg_fails")),
+            Request::PatchMachineConfig(_) => (patch, "machine_cfg_count", Some("machine_cfg_fails")),
+            Request::PutDrive(_) => (put, "drive_count", Some("drive_fails")),
+            Request::PatchDrive(_) => (patch, "drive_count", Some("drive_fails")),
+            Request::PutVsock(_) => (put, "vsock_count", Some("vsock_fails")),
+            Request::PutLogger(_) => (put, "logger_count", Some("logger_fails")),
+            Request::PutMetrics(_) => (put, "metrics_count", Some("metrics_fails")),
+            Request::Start | Request::FlushMetrics | Request::SendCtrlAltDel => {
+                (put, "actions_count", Some("actions_fails"))
+            }
+            _ => return None,
+        })
+    }
 }
 
 /// Why a request is not one; the texts are Firecracker's, because clients look at them.
@@ -130,6 +176,13 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
         ("GET", "balloon", None) => Ok(Request::GetBalloon),
         ("PUT", "balloon", None) => Ok(Request::PutBalloon(serde_json::from_slice(body)?)),
         ("PATCH", "balloon", None) => Ok(Request::PatchBalloon(serde_json::from_slice(body)?)),
+        ("GET", "balloon", Some("statistics")) => Ok(Request::GetBalloonStatistics),
+        ("PATCH", "balloon", Some("statistics")) => {
+            Ok(Request::PatchBalloonStatistics(serde_json::from_slice(body)?))
+        }
+        ("PUT", "logger", None) => Ok(Request::PutLogger(serde_json::from_slice(body)?)),
+        ("PUT", "metrics", None) => Ok(Request::PutMetrics(serde_json::from_slice(body)?)),
+        ("GET", "version", None) => Ok(Request::GetVersion),
         ("PUT", "vsock", None) => Ok(Request::PutVsock(serde_json::from_slice(body)?)),
         ("PUT", "entropy", None) => Ok(Request::PutEntropy(serde_json::from_slice(body)?)),
         ("PUT", "drives", name) => {
@@ -142,10 +195,11 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
             let update: DriveUpdate = serde_json::from_slice(body)?;
             if update.drive_id == name { Ok(Request::PatchDrive(update)) } else { Err(Invalid::IdMismatch) }
         }
-        ("PUT", "actions", None) => {
-            let Action { action_type: ActionType::InstanceStart } = serde_json::from_slice(body)?;
-            Ok(Request::Start)
-        }
+        ("PUT", "actions", None) => match serde_json::from_slice(body)? {
+            Action { action_type: ActionType::InstanceStart } => Ok(Request::Start),
+            Action { action_type: ActionType::FlushMetrics } => Ok(Request::FlushMetrics),
+            Action { action_type: ActionType::SendCtrlAltDel } => Ok(Request::SendCtrlAltDel),
+        },
         ("PATCH", "vm", None) => match serde_json::from_slice(body)? {
             Vm { state: VmState::Paused } => Ok(Request::Pause),
             Vm { state: VmState::Resumed } => Ok(Request::Resume),

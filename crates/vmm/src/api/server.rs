@@ -11,7 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::connection::Connection;
-use super::control::{Answer, Fault};
+use super::control::Answer;
+use super::fault::Fault;
 use super::http::Message;
 use super::request::{self, Request};
 use crate::confine::Filter;

@@ -18,7 +18,7 @@ use seccompiler::{
 };
 
 pub use lists::{Calls, api, machine};
-pub use trap::{EXIT_CODE, install as install_trap};
+pub use trap::{EXIT_CODE, install as install_trap, set_log};
 
 /// What a thread is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

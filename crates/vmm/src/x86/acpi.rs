@@ -14,9 +14,8 @@ use super::layout;
 
 const OEM: [u8; 6] = *b"KAPSEL";
 const TABLE: [u8; 8] = *b"KAPSELVM";
-/// In the FADT's IAPC_BOOT_ARCH: no VGA to look for; no message signalled interrupts; no CMOS clock. Nor is there an 8042,
-/// though its reset line works: a kernel that looks for a keyboard waits half a second for it, in 10,000 exits.
-const BOOT_ARCH: u16 = 1 << 2 | 1 << 3 | 1 << 5;
+/// In the FADT's IAPC_BOOT_ARCH: a keyboard controller; no VGA to look for; no message signalled interrupts; no CMOS clock.
+const BOOT_ARCH: u16 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5;
 /// The header of a system description table, in bytes.
 const HEADER: u32 = 36;
 
@@ -130,6 +129,22 @@ fn dsdt(places: &[Place]) -> Sdt {
                 &aml::ResourceTemplate::new(vec![
                     &aml::IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8),
                     &aml::Interrupt::new(true, true, false, false, layout::SERIAL_GSI),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut bytes);
+    let byte = |port: u16| aml::IO::new(port, port, 1, 1);
+    aml::Device::new(
+        "_SB_.PS2_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0303")),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![
+                    &byte(layout::KEYBOARD_DATA_PORT),
+                    &byte(layout::KEYBOARD_COMMAND_PORT),
+                    &aml::Interrupt::new(true, true, false, false, layout::KEYBOARD_GSI),
                 ]),
             ),
         ],

@@ -4,7 +4,7 @@
 //! 0x0000_0500  GDT and IDT          0x0000_6000  PVH start info      0x0000_7000  zero page / memory map
 //! 0x0000_9000  page tables          0x0002_0000  command line        0x000e_0000  ACPI tables
 //! 0x0010_0000  kernel … initrd at the end of low memory
-//! 0xc000_0000  hole: virtio-mmio windows, I/O APIC, local APIC, KVM's own pages
+//! 0xc000_0000  hole: boot timer, virtio-mmio windows, I/O APIC, local APIC, KVM's own pages
 //! 0x1_0000_0000  the rest of the memory
 //! ```
 
@@ -36,8 +36,10 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 pub const HOLE: u64 = 0xc000_0000;
 /// Memory continues here.
 pub const HOLE_END: u64 = 0x1_0000_0000;
+/// The boot timer, whether there is one or not.
+pub const BOOT_TIMER: u64 = HOLE;
 /// The first device's window.
-pub const MMIO: u64 = HOLE;
+pub const MMIO: u64 = BOOT_TIMER + 0x1000;
 /// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APICs.
@@ -45,6 +47,8 @@ pub const LAPIC: u32 = 0xfee0_0000;
 /// Three pages that KVM needs on some Intel processors.
 pub const KVM_TSS: usize = 0xfffb_d000;
 
+/// Interrupt of the keyboard.
+pub const KEYBOARD_GSI: u32 = 1;
 /// Interrupt of the serial port.
 pub const SERIAL_GSI: u32 = 4;
 /// The first device's interrupt.
@@ -56,8 +60,10 @@ pub const DEVICES_MAX: usize = (GSIS - FIRST_GSI) as usize;
 
 /// Ports of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Ports of the keyboard controller, of which only the reset line exists.
-pub const I8042_PORT: u16 = 0x60;
+/// The keyboard controller's data.
+pub const KEYBOARD_DATA_PORT: u16 = 0x60;
+/// The keyboard controller's commands and status.
+pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 /// The register by which the guest goes to sleep (ACPI 6.5, section 4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// Its status.

@@ -18,11 +18,11 @@ use crate::host::Files;
 const SECTOR: usize = 512;
 
 /// A connection to the API.
-struct Client(BufReader<UnixStream>);
+pub struct Client(BufReader<UnixStream>);
 
 impl Client {
     /// Connects as soon as the monitor listens.
-    fn connect(socket: &Path) -> io::Result<Self> {
+    pub fn connect(socket: &Path) -> io::Result<Self> {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             match UnixStream::connect(socket) {
@@ -33,7 +33,7 @@ impl Client {
     }
 
     /// Status and body of the answer.
-    fn ask(&mut self, method: &str, path: &str, body: &Value) -> io::Result<(u16, Value)> {
+    pub fn ask(&mut self, method: &str, path: &str, body: &Value) -> io::Result<(u16, Value)> {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         write!(self.0.get_mut(), "{method} {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
         let (mut status, mut length) = (0, 0);
@@ -53,14 +53,14 @@ impl Client {
         Ok((status, if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes)? }))
     }
 
-    fn done(&mut self, method: &str, path: &str, body: &Value) -> Result<(), Failed> {
+    pub fn done(&mut self, method: &str, path: &str, body: &Value) -> Result<(), Failed> {
         match self.ask(method, path, body)? {
             (204, Value::Null) => Ok(()),
             other => Err(format!("{method} {path}: {other:?}").into()),
         }
     }
 
-    fn refused(&mut self, method: &str, path: &str, body: &Value, reason: &str) -> Result<(), Failed> {
+    pub fn refused(&mut self, method: &str, path: &str, body: &Value, reason: &str) -> Result<(), Failed> {
         match self.ask(method, path, body)? {
             (400, fault) if fault["fault_message"].as_str().is_some_and(|text| text.contains(reason)) => {
                 Ok(())
@@ -77,17 +77,22 @@ impl Client {
 
 /// The guest's console, read as it comes.
 #[derive(Clone, Default)]
-struct Console {
+pub struct Console {
     ticks: Arc<AtomicUsize>,
     text: Arc<Mutex<String>>,
 }
 
 impl Console {
-    fn read(&self, from: impl Read) {
+    pub fn read(&self, from: impl Read) {
         for line in BufReader::new(from).lines().map_while(Result::ok) {
             self.ticks.fetch_add(usize::from(line.contains(guest::TICK)), Ordering::SeqCst);
             self.text.lock().expect("no reader panics").push_str(&(line + "\n"));
         }
+    }
+
+    /// What was printed so far.
+    pub fn text(&self) -> String {
+        self.text.lock().expect("no reader panics").clone()
     }
 
     fn ticks(&self) -> usize {
@@ -95,7 +100,7 @@ impl Console {
     }
 
     /// Waits until the guest has ticked more often than `before`.
-    fn wait(&self, before: usize) -> Result<(), Failed> {
+    pub fn wait(&self, before: usize) -> Result<(), Failed> {
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.ticks() <= before {
             if Instant::now() > deadline {
@@ -110,7 +115,7 @@ impl Console {
 }
 
 /// Ends with its test.
-struct Monitor(Child);
+pub struct Monitor(pub Child);
 
 impl Drop for Monitor {
     fn drop(&mut self) {
@@ -181,17 +186,22 @@ fn put_together(client: &mut Client, files: &Files, disk: &Path) -> Result<(), F
     client.done("PUT", "/boot-source", &kernel)?;
     client.done("PUT", "/machine-config", &json!({"vcpu_count": 2, "mem_size_mib": 256, "smt": false}))?;
     let drive = |path: &Path| json!({"drive_id": "data", "path_on_host": path, "is_root_device": false});
-    client.done("PUT", "/drives/data", &drive(Path::new("/nonexistent")))?;
+    let nonexistent = drive(Path::new("/nonexistent"));
+    client.refused(
+        "PUT",
+        "/drives/data",
+        &nonexistent,
+        "Drive config error: Unable to create the virtio block",
+    )?;
     client.refused("GET", "/balloon", &Value::Null, "No balloon device")?;
     client.refused(
         "PUT",
         "/balloon",
         &json!({"amount_mib": 257, "deflate_on_oom": false}),
-        "cannot be larger",
+        "Balloon config error: Amount of pages requested is too large.",
     )?;
     let balloon = json!({"amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true});
     client.done("PUT", "/balloon", &balloon)?;
-    client.refused("PUT", "/actions", &start, "cannot open the disk /nonexistent")?;
     client.done("PUT", "/drives/data", &drive(disk))
 }
 

@@ -23,6 +23,10 @@ pub const READY: &str = "the guest listens";
 pub const TICK: &str = "tick";
 /// The size that the disk grows to.
 pub const LARGE_SECTORS: usize = 128;
+/// The size of a disk that is limited.
+pub const SLOW_SECTORS: usize = 1024;
+/// Said with the number of milliseconds that reading it took.
+pub const SLOW: &str = "the slow disk took";
 /// How much memory the guest uses for a moment.
 pub const FREED_MIB: usize = 96;
 /// How much memory the balloon takes.
@@ -54,6 +58,7 @@ pub fn main() -> ! {
     let (result, end) = match task {
         "devices" => (devices(), libc::RB_POWER_OFF),
         "ticks" => (ticks(), libc::RB_POWER_OFF),
+        "services" => (services(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
     };
@@ -205,6 +210,31 @@ fn ticks() -> io::Result<()> {
     let content = fs::read("/dev/vda")?;
     check(content.len() == LARGE_SECTORS * 512, "the disk has its new size")?;
     check(content[64 * 512..].iter().all(|byte| *byte == 2), "the disk has its new contents")
+}
+
+/// Reads a slow disk, says that it has booted, and waits for somebody to press Ctrl, Alt and Del.
+fn services() -> io::Result<()> {
+    let started = std::time::Instant::now();
+    check(fs::read("/dev/vda")?.len() == SLOW_SECTORS * 512, "the disk has its size")?;
+    println!("{SLOW} {}", started.elapsed().as_millis());
+    say_booted()?;
+    loop {
+        println!("{TICK}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
+
+fn say_booted() -> io::Result<()> {
+    let memory = fs::File::options().read(true).write(true).open("/dev/mem")?;
+    let (protection, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+    // SAFETY: a new mapping at an address that the kernel chooses.
+    let page = unsafe {
+        libc::mmap(std::ptr::null_mut(), 4096, protection, shared, memory.as_raw_fd(), 0xc000_0000)
+    };
+    check(page != libc::MAP_FAILED, "the boot timer is mapped")?;
+    // SAFETY: the mapping is a page long and lives as long as the process.
+    unsafe { page.cast::<u8>().write_volatile(123) };
+    Ok(())
 }
 
 fn console() -> io::Result<()> {

@@ -4,6 +4,7 @@
 mod api;
 mod guest;
 mod host;
+mod services;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         trial("what_is_not_a_kernel_is_refused_with_a_reason", host::bad_kernels),
         trial("a_forbidden_system_call_ends_the_monitor", host::forbidden_call),
         trial("a_machine_is_put_together_started_paused_and_changed_through_the_api", api::life),
+        trial("a_monitor_logs_counts_limits_and_types_for_its_user", services::services),
     ];
     kapsel_kvmbox::test_main(trials, host::prepare)
 }

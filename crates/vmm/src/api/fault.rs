@@ -1,0 +1,64 @@
+//! Why a request cannot be done. The texts are Firecracker's where it has the same, because clients look at them.
+
+use std::io;
+
+use kapsel_devices::{balloon, block};
+
+use crate::{builder, config, metrics};
+
+/// Why a request cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// Only possible before the start.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+    /// Only possible after the start.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// Nothing to boot.
+    #[error("Start microvm error: Cannot start microvm without kernel configuration.")]
+    NoKernel,
+    /// The machine is not made as it was asked for.
+    #[error("Start microvm error: {0}")]
+    Build(#[from] builder::Error),
+    /// The configuration is impossible.
+    #[error("{0}")]
+    Config(#[from] config::Error),
+    /// The kernel is not there.
+    #[error("Boot source error: The kernel file cannot be opened: {0}")]
+    Kernel(#[source] io::Error),
+    /// The initrd is not there.
+    #[error(
+        "Boot source error: The initrd file cannot be opened due to invalid path or invalid permissions. {0}"
+    )]
+    Initrd(#[source] io::Error),
+    /// The disk's file cannot be used.
+    #[error("Drive config error: Unable to create the virtio block device: {0}")]
+    Drive(#[source] block::Error),
+    /// No disk of that name.
+    #[error(
+        "Drive config error: Unable to patch the block device: there is no drive {0} Please verify the request arguments."
+    )]
+    NoDrive(String),
+    /// The disk's new file cannot be used.
+    #[error("Drive config error: Unable to patch the block device: {0} Please verify the request arguments.")]
+    PatchDrive(#[from] block::Error),
+    /// There is no balloon.
+    #[error("Balloon config error: No balloon device found.")]
+    NoBalloon,
+    /// The balloon has no statistics.
+    #[error("Balloon config error: {0}")]
+    Statistics(#[from] balloon::StatisticsError),
+    /// The log cannot be written.
+    #[error("Logger error: Failed to open target file: {0}")]
+    Logger(#[source] io::Error),
+    /// Counters cannot be told.
+    #[error("Metrics error: {0}")]
+    Metrics(#[from] metrics::Error),
+    /// The guest does not take its keys.
+    #[error("Internal VMM error: the guest has not read what was typed before")]
+    Keyboard,
+    /// The machine has ended.
+    #[error("the machine has ended")]
+    Ended,
+}

@@ -1,0 +1,131 @@
+//! What a monitor does for its user beside running a guest: log, metrics, limits, statistics, the keyboard.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use crate::api::{Client, Console, Monitor};
+use crate::guest;
+use crate::host::Files;
+
+/// What the disk may do in a second, in bytes: a quarter of its size, beside the quarter that passes at once.
+const BYTES_PER_SECOND: usize = guest::SLOW_SECTORS * 512 / 4;
+
+pub fn services() -> Result<(), Failed> {
+    let files = Files::here();
+    let directory = tempfile::tempdir()?;
+    let inside = |name: &str| directory.path().join(name);
+    let (socket, disk, log, metrics) = (inside("api"), inside("disk"), inside("log"), inside("metrics"));
+    fs::write(&disk, vec![1; guest::SLOW_SECTORS * 512])?;
+    let child = Command::new(&files.vmm)
+        .arg("--api-sock")
+        .arg(&socket)
+        .arg("--metrics-path")
+        .arg(&metrics)
+        .args(["--id", "servant", "--boot-timer", "--start-time-us", "1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut monitor = Monitor(child);
+    let console = Console::default();
+    let (reader, stdout) = (console.clone(), monitor.0.stdout.take().expect("stdout is a pipe"));
+    let reader = std::thread::spawn(move || reader.read(stdout));
+
+    let mut client = Client::connect(&socket)?;
+    put_together(&mut client, &files, &disk, &log)?;
+    client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
+    console.wait(0)?;
+    statistics(&mut client)?;
+    client.done("PUT", "/actions", &json!({"action_type": "FlushMetrics"}))?;
+    counted(&metrics)?;
+    logged(&log)?;
+    client.done("PUT", "/actions", &json!({"action_type": "SendCtrlAltDel"}))?;
+    reader.join().expect("the reader does not panic");
+    if !monitor.0.wait()?.success() {
+        return Err("the guest did not restart".into());
+    }
+    limited(&console.text())
+}
+
+fn put_together(client: &mut Client, files: &Files, disk: &Path, log: &Path) -> Result<(), Failed> {
+    let (status, version) = client.ask("GET", "/version", &Value::Null)?;
+    if status != 200 || !version["firecracker_version"].is_string() {
+        return Err(version.to_string().into());
+    }
+    let missing = json!({"log_path": "/nonexistent/log"});
+    client.refused("PUT", "/logger", &missing, "Logger error: ")?;
+    client.done("PUT", "/logger", &json!({"log_path": log, "level": "Info", "show_level": true}))?;
+    client.refused("PUT", "/metrics", &json!({"metrics_path": log}), "Metrics error: ")?;
+    let flush = json!({"action_type": "FlushMetrics"});
+    client.refused("PUT", "/actions", &flush, "not supported before starting")?;
+    let kernel = json!({
+        "kernel_image_path": files.vmlinux,
+        "initrd_path": files.initramfs,
+        "boot_args": guest::arguments("services"),
+    });
+    client.done("PUT", "/boot-source", &kernel)?;
+    client.done("PUT", "/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": 256}))?;
+    let bandwidth = json!({"size": BYTES_PER_SECOND, "refill_time": 1000});
+    let limiter = json!({"bandwidth": bandwidth, "ops": null});
+    let drive =
+        json!({"drive_id": "slow", "path_on_host": disk, "is_root_device": false, "rate_limiter": limiter});
+    client.done("PUT", "/drives/slow", &drive)?;
+    let balloon = json!({"amount_mib": 8, "deflate_on_oom": false, "stats_polling_interval_s": 1});
+    client.done("PUT", "/balloon", &balloon)
+}
+
+/// The guest's numbers come with the second they are asked for, and the interval can be changed but not ended.
+fn statistics(client: &mut Client) -> Result<(), Failed> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let (status, numbers) = client.ask("GET", "/balloon/statistics", &Value::Null)?;
+        let memory = numbers["total_memory"].as_u64().unwrap_or(0) >> 20;
+        if status == 200 && (100..256).contains(&memory) && numbers["actual_mib"] == 8 {
+            break;
+        }
+        if Instant::now() > deadline {
+            return Err(numbers.to_string().into());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let interval = |seconds: u16| json!({"stats_polling_interval_s": seconds});
+    client.done("PATCH", "/balloon/statistics", &interval(2))?;
+    client.refused("PATCH", "/balloon/statistics", &interval(0), "cannot be enabled/disabled")
+}
+
+fn counted(metrics: &Path) -> Result<(), Failed> {
+    let text = fs::read_to_string(metrics)?;
+    let line: Value = serde_json::from_str(&text)?;
+    let at_least = |group: &str, name: &str, least: u64| line[group][name].as_u64().unwrap_or(0) >= least;
+    let disk = guest::SLOW_SECTORS as u64 * 512;
+    let all = at_least("block", "read_bytes", disk)
+        && at_least("block_slow", "read_bytes", disk)
+        && at_least("block_slow", "rate_limiter_throttled_events", 1)
+        && at_least("balloon", "stats_updates_count", 1)
+        && at_least("vcpu", "exit_mmio_read", 10)
+        && at_least("api_server", "process_startup_time_us", 1)
+        && at_least("put_api_requests", "drive_count", 1)
+        && at_least("put_api_requests", "actions_fails", 1);
+    if all { Ok(()) } else { Err(text.into()) }
+}
+
+fn logged(log: &Path) -> Result<(), Failed> {
+    let text = fs::read_to_string(log)?;
+    let booted = text.lines().find(|line| line.contains("Guest-boot-time = "));
+    if booted.is_some_and(|line| line.contains("[servant:vcpu 0:INFO]")) { Ok(()) } else { Err(text.into()) }
+}
+
+/// Three quarters of the disk had to wait, a second for each.
+fn limited(console: &str) -> Result<(), Failed> {
+    let took =
+        console.split(guest::SLOW).nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    if took.is_some_and(|milliseconds: u64| (2500..20_000).contains(&milliseconds)) {
+        Ok(())
+    } else {
+        Err(console.into())
+    }
+}
