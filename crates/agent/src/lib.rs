@@ -17,6 +17,7 @@ pub mod init;
 pub mod net;
 pub mod oci;
 pub mod phases;
+pub mod quiesce;
 pub mod reaper;
 pub mod rpc;
 pub mod sandbox;

@@ -75,6 +75,14 @@ impl Agent for Service {
         Ok(ConfigureResponse { phases: phases.into_vec(), ..Default::default() })
     }
 
+    async fn quiesce(&self, _: &TtrpcContext, _: QuiesceRequest) -> Result<QuiesceResponse> {
+        if self.sandbox.is_configured() {
+            return Err(Error::State("the guest is in use: it is not to be saved any more".into()).into());
+        }
+        crate::quiesce::quiesce().map_err(|e| Error::Internal(format!("making the guest small: {e}")))?;
+        Ok(QuiesceResponse::default())
+    }
+
     async fn create(&self, _: &TtrpcContext, request: CreateRequest) -> Result<CreateResponse> {
         let order = self.order.lock().await;
         let mut phases = Phases::start();

@@ -45,6 +45,9 @@ pub const ERROR_MESSAGE_MAX: usize = 4096;
 /// Process ids that one Pids reply lists.
 pub const PIDS_MAX: usize = 32_768;
 
+/// Steps that the host takes note of in one reply.
+pub const PHASES_MAX: usize = 64;
+
 /// Streams to [`crate::STDIO_PORT`] whose header names a token that no request has announced yet.
 pub const WAITING_STREAMS_MAX: usize = 256;
 

@@ -67,8 +67,13 @@ impl Stopwatch {
 
     /// Adds a phase that somebody else measured, ending now.
     pub fn add(&self, name: impl Into<String>, took_ms: f64) {
-        let end = self.began.elapsed().as_secs_f64() * 1e3;
-        self.push(Phase { name: name.into(), start_ms: (end - took_ms).max(0.0), took_ms });
+        self.add_past(name, took_ms, took_ms);
+    }
+
+    /// Adds a phase that somebody else measured, which began `ago_ms` ago.
+    pub fn add_past(&self, name: impl Into<String>, ago_ms: f64, took_ms: f64) {
+        let now = self.began.elapsed().as_secs_f64() * 1e3;
+        self.push(Phase { name: name.into(), start_ms: (now - ago_ms).max(0.0), took_ms });
     }
 
     fn push(&self, phase: Phase) {

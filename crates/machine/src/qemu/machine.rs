@@ -324,6 +324,7 @@ impl QemuMachine {
             std::fs::rename(memory, &target)
                 .context(|| format!("cannot move the memory to {}", target.display()))?;
         }
+        snapshot::dig_holes(&target)?;
         // Under a user of its own each clone's monitor opens it for writing, as QEMU does even for a private mapping.
         std::fs::set_permissions(&target, std::os::unix::fs::PermissionsExt::from_mode(0o666))
             .context(|| format!("cannot set the mode of {}", target.display()))?;

@@ -134,16 +134,18 @@ impl Monitor for Qemu {
         snapshot::Meta::read(&snapshot.dir, spec, &fingerprint)?;
         let path = snapshot.dir.join("state");
         let state = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
-        let mut start = Start { state: Some(state), ..Start::default() };
-        let file = snapshot.dir.join("memory");
         // Not mapped privately: QEMU before 8.1 punches what the guest reports as free out of the file behind such a mapping, which
         // would eat the template; and a taken-over monitor could write to a file that it has open.
         let memory = Memory::Shared;
-        let copy = tokio::task::spawn_blocking(move || snapshot::copy_memory(&file)).await;
-        start.memory_fd = Some(copy.map_err(std::io::Error::other).context(|| "cannot copy memory".into())??);
+        let memory_fd = snapshot::empty_memory(spec)?;
+        let copy = snapshot::copy_memory(&snapshot.dir.join("memory"), &memory_fd)?;
+        let start = Start { state: Some(state), memory_fd: Some(memory_fd), ..Start::default() };
+        // QEMU starts meanwhile; it looks at the memory no sooner than it is told to load the state.
+        let copy = tokio::task::spawn_blocking(move || copy.run().map(|()| begun.elapsed()));
         let prepared = begun.elapsed();
         let (process, mut qmp) = Process::start(&self.program, spec, memory, start).await?;
         let spawned = begun.elapsed() - prepared;
+        let copied = copy.await.map_err(std::io::Error::other).context(|| "cannot copy memory".into())??;
         // Sent before QEMU is up, so that it need not wait for us. It lets the guest run when it has loaded the state.
         let ignore_shared = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
         let id = qmp
@@ -160,7 +162,7 @@ impl Monitor for Qemu {
             guarded(&process, spec, "plugging in a share", plug(&mut qmp, n, &share.tag)).await?;
         }
         let phases = vec![
-            ("prepare", prepared),
+            ("memory", copied),
             ("spawn", spawned),
             ("monitor", up - begun - prepared - spawned),
             ("restore", restored),

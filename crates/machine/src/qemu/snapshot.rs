@@ -6,9 +6,9 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{MemfdFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Context;
@@ -16,6 +16,8 @@ use crate::{Error, MachineSpec, Result};
 
 /// Version of the format.
 const FORMAT: u32 = 1;
+/// Zeroes become a hole by so many bytes: smaller ones make more work than they save.
+const HOLE: u64 = 64 << 10;
 
 /// `meta.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -94,9 +96,69 @@ pub(super) fn create_memory(path: &Path, spec: &MachineSpec) -> Result<()> {
     file.set_len(u64::from(spec.memory_mib) << 20).context(|| format!("cannot size {}", path.display()))
 }
 
-/// The data of a memory file in a memfd; its holes stay holes.
-pub(super) fn copy_memory(path: &Path) -> Result<OwnedFd> {
-    copy(path).context(|| format!("cannot copy the memory {}", path.display()))
+/// Gives up the storage of zeroes in a memory file: they become holes, which no clone has to copy.
+pub(super) fn dig_holes(path: &Path) -> Result<()> {
+    dig(path).context(|| format!("cannot make the memory {} sparse", path.display()))
+}
+
+fn dig(path: &Path) -> std::io::Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let size = file.metadata()?.len();
+    let mut chunk = vec![0; HOLE as usize];
+    let mut at = 0;
+    while let Ok(data) = rustix::fs::seek(&file, SeekFrom::Data(at)) {
+        at = data / HOLE * HOLE;
+        let end = rustix::fs::seek(&file, SeekFrom::Hole(data))?;
+        while at < end {
+            let n = HOLE.min(size - at);
+            let chunk = &mut chunk[..n as usize];
+            file.read_exact_at(chunk, at)?;
+            if chunk.iter().all(|byte| *byte == 0) {
+                rustix::fs::fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, n)?;
+            }
+            at += n;
+        }
+    }
+    Ok(())
+}
+
+/// The copying of a template's memory into a clone's, ready to run.
+pub(super) struct Copy {
+    from: File,
+    to: File,
+    path: PathBuf,
+}
+
+/// Prepares to copy the data of the memory file `path` into `to`, which is empty; holes stay holes.
+pub(super) fn copy_memory(path: &Path, to: &OwnedFd) -> Result<Copy> {
+    let from = File::open(path).context(|| format!("cannot open {}", path.display()))?;
+    let to = to.try_clone().context(|| "cannot duplicate a descriptor".into())?.into();
+    Ok(Copy { from, to, path: path.to_owned() })
+}
+
+impl Copy {
+    /// Copies.
+    pub(super) fn run(self) -> Result<()> {
+        self.copy().context(|| format!("cannot copy the memory {}", self.path.display()))
+    }
+
+    fn copy(&self) -> std::io::Result<()> {
+        let size = self.from.metadata()?.len();
+        let mut at = 0;
+        let mut buffer = vec![0; 1 << 20];
+        while at < size {
+            let Ok(data) = rustix::fs::seek(&self.from, SeekFrom::Data(at)) else { break };
+            let end = rustix::fs::seek(&self.from, SeekFrom::Hole(data))?;
+            at = data;
+            while at < end {
+                let n = buffer.len().min((end - at) as usize);
+                self.from.read_exact_at(&mut buffer[..n], at)?;
+                self.to.write_all_at(&buffer[..n], at)?;
+                at += n as u64;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// An empty memfd of the machine's size.
@@ -110,24 +172,4 @@ fn memfd(size: u64) -> std::io::Result<File> {
     // The monitor opens it again under its own user.
     rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o666))?;
     Ok(file)
-}
-
-fn copy(path: &Path) -> std::io::Result<OwnedFd> {
-    let from = File::open(path)?;
-    let size = from.metadata()?.len();
-    let to = memfd(size)?;
-    let mut at = 0;
-    let mut buffer = vec![0; 1 << 20];
-    while at < size {
-        let Ok(data) = rustix::fs::seek(&from, SeekFrom::Data(at)) else { break };
-        let end = rustix::fs::seek(&from, SeekFrom::Hole(data))?;
-        at = data;
-        while at < end {
-            let n = buffer.len().min((end - at) as usize);
-            from.read_exact_at(&mut buffer[..n], at)?;
-            to.write_all_at(&buffer[..n], at)?;
-            at += n as u64;
-        }
-    }
-    Ok(to.into())
 }

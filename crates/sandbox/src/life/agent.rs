@@ -17,12 +17,13 @@ use ttrpc::{
 };
 
 use super::Error;
-use crate::record::Exit;
+use crate::{record::Exit, timings::Stopwatch};
 
 /// A connection to one agent. Calls may overlap.
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    watch: Stopwatch,
 }
 
 /// Until when a call may take.
@@ -31,13 +32,13 @@ fn within(deadline: Duration) -> context::Context {
 }
 
 impl Agent {
-    /// Opens the agent's stream. Nothing is sent yet.
+    /// Opens the agent's stream. Nothing is sent yet. What the agent says about its time goes to `watch`.
     ///
     /// # Errors
     /// When the channel is closed.
-    pub async fn open(channel: &Arc<dyn Channel>) -> Result<Self, Error> {
+    pub async fn open(channel: &Arc<dyn Channel>, watch: Stopwatch) -> Result<Self, Error> {
         let stream = channel.open(AGENT_PORT).await.map_err(|e| Error::Ended(e.to_string()))?;
-        Ok(Self { client: AgentClient::new(Client::new(Socket::new(stream))) })
+        Ok(Self { client: AgentClient::new(Client::new(Socket::new(stream))), watch })
     }
 
     /// Waits for the agent and checks that it is of this build. Returns the guest kernel's release.
@@ -67,7 +68,19 @@ impl Agent {
             ..Default::default()
         };
         let deadline = limits::CALL_DEADLINE;
-        call("Configure", deadline, self.client.configure(within(deadline), &request)).await.map(drop)
+        let reply = call("Configure", deadline, self.client.configure(within(deadline), &request)).await?;
+        self.time("configure", &reply.phases);
+        Ok(())
+    }
+
+    /// Makes the guest small, to be saved.
+    ///
+    /// # Errors
+    /// When the guest is in use, or does not answer.
+    pub async fn quiesce(&self) -> Result<(), Error> {
+        let deadline = limits::CALL_DEADLINE;
+        let request = api::QuiesceRequest::default();
+        call("Quiesce", deadline, self.client.quiesce(within(deadline), &request)).await.map(drop)
     }
 
     /// Mounts the storages and sets the container up; returns its pid in the guest.
@@ -77,6 +90,7 @@ impl Agent {
     pub async fn create(&self, request: &CreateRequest) -> Result<u32, Error> {
         let deadline = limits::CALL_DEADLINE;
         let reply = call("Create", deadline, self.client.create(within(deadline), request)).await?;
+        self.time("create", &reply.phases);
         Ok(reply.pid)
     }
 
@@ -97,7 +111,23 @@ impl Agent {
         let request = api::StartRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         let deadline = limits::CALL_DEADLINE;
         let reply = call("Start", deadline, self.client.start(within(deadline), &request)).await?;
+        // Of all others nobody asks.
+        if exec_id.is_empty() {
+            self.time("start", &reply.phases);
+        }
         Ok(reply.pid)
+    }
+
+    /// Notes the guest's steps, the last of which has just ended, by the guest's own clock: only their distances are of use here.
+    fn time(&self, call: &str, phases: &[api::Phase]) {
+        let phases = &phases[..phases.len().min(limits::PHASES_MAX)];
+        let end =
+            phases.iter().map(|phase| phase.start_us.saturating_add(phase.duration_us)).max().unwrap_or(0);
+        for phase in phases {
+            let name = format!("guest: {call}: {}", cut(&phase.name, 32));
+            let ago = end.saturating_sub(phase.start_us) as f64 / 1e3;
+            self.watch.add_past(name, ago, phase.duration_us as f64 / 1e3);
+        }
     }
 
     /// Waits, for as long as it takes, for the end of a process.

@@ -126,7 +126,7 @@ impl Sandbox {
         // 4. The agent. Its requests follow each other without waiting for answers: it carries them out in order.
         let phase = self.watch.phase("agent");
         let channel = machine.connect(self.config.start_timeout()).await?;
-        let agent = Agent::open(&channel).await?;
+        let agent = Agent::open(&channel, self.watch.clone()).await?;
         let token = token();
         let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
         let hostname = self.spec.hostname().clone().unwrap_or_else(|| name.into());

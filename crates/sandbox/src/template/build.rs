@@ -22,6 +22,7 @@ use crate::{
     },
     paths::Paths,
     programs,
+    timings::Stopwatch,
 };
 
 /// A template that could not be restored keeps its successor from being built for so long.
@@ -183,8 +184,9 @@ async fn boot_and_save(config: &Config, blueprint: &Blueprint, dir: &Path) -> Re
     let saved = async {
         let channel = machine.connect(deadline).await.map_err(Error::machine)?;
         // Saved when it answers: whatever the agent does once is done, in every clone.
-        let agent = Agent::open(&channel).await.map_err(Error::machine)?;
+        let agent = Agent::open(&channel, Stopwatch::default()).await.map_err(Error::machine)?;
         agent.hello().await.map_err(Error::machine)?;
+        agent.quiesce().await.map_err(Error::machine)?;
         drop(agent);
         drop(channel);
         let Snapshot { .. } = machine.snapshot(dir).await.map_err(Error::machine)?;
