@@ -164,6 +164,17 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// The mount namespace of a process.
+///
+/// # Errors
+/// `ENOTTY` on kernels before 6.11; `ESRCH` when it has ended.
+pub fn mount_namespace(pidfd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: PIDFD_GET_MNT_NAMESPACE takes no argument.
+    let fd = check(unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_MNT_NAMESPACE, 0) }.into())?;
+    // SAFETY: a new descriptor (close-on-exec, as the kernel opens it) that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
 /// Sends any signal to a process by its number.
 ///
 /// # Errors

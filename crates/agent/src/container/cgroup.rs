@@ -20,6 +20,8 @@ use super::limits::Setting;
 
 /// Where cgroup2 is mounted.
 const MOUNT: &str = "/sys/fs/cgroup";
+/// The name of the first cgroup that is asked for.
+pub const FIRST: u64 = 0;
 /// Longest file that is read, in bytes. `cgroup.procs` and `io.stat` are the long ones.
 const FILE_MAX: usize = 1 << 20;
 /// How long freezing and killing may take.
@@ -49,7 +51,8 @@ pub fn prepare() -> io::Result<()> {
     let dir =
         rustix::fs::open(format!("{MOUNT}/kapsel/std"), OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     default.attach(dir.as_fd(), None)?;
-    Ok(())
+    // The first container's, so that a clone of a template finds it made.
+    std::fs::create_dir(format!("{MOUNT}/kapsel/std/{FIRST}"))
 }
 
 /// A container's cgroup. Dropping it leaves it in place; see [`Cgroup::remove`].
@@ -72,7 +75,11 @@ impl Cgroup {
         let default_rules = rules.is_default();
         let parent = if default_rules { "std" } else { "own" };
         let path = CString::new(format!("{MOUNT}/kapsel/{parent}/{name}"))?;
-        rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755)).map_err(|e| context("making", &path, e))?;
+        match rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755)) {
+            // Names are numbers that are given once, so this is the prepared one.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(context("making", &path, error)),
+        }
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let made = rustix::fs::open(&path, flags, Mode::empty()).map_err(io::Error::from).and_then(|dir| {
             let cgroup = Self { path: path.clone(), dir, program: Mutex::default(), default_rules };

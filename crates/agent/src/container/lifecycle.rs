@@ -15,8 +15,9 @@ use crate::phases::Phases;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::Streams;
 use crate::storage::Mounted;
+use crate::sys;
 
-use super::cgroup::Cgroup;
+use super::cgroup::{self, Cgroup};
 use super::child::{self, Inheritance, Joined};
 use super::plan::{self, Plan};
 use super::process::{ProcessPlan, Seccomp};
@@ -32,6 +33,9 @@ pub struct Container {
     cgroup: Cgroup,
     storages: Mutex<Mounted>,
     init: Arc<Running>,
+    /// Kept until the container is deleted: without its last user the kernel would take all of its mounts apart before it tells
+    /// anybody that the first process has ended. A kernel that cannot give it (before 6.11) does that.
+    mount_namespace: Mutex<Option<OwnedFd>>,
     started: AtomicBool,
     paused: AtomicBool,
     execs: Mutex<HashMap<String, Arc<Added>>>,
@@ -56,7 +60,7 @@ pub struct Surroundings<'a> {
 }
 
 /// Numbers cgroups, as one of an id that is used again may not be quite gone.
-static SERIAL: AtomicU64 = AtomicU64::new(0);
+static SERIAL: AtomicU64 = AtomicU64::new(cgroup::FIRST);
 
 impl Container {
     /// Builds a container up to the point where its program would be executed.
@@ -90,6 +94,7 @@ impl Container {
                 plan,
                 cgroup,
                 storages: Mutex::new(storages),
+                mount_namespace: Mutex::new(sys::mount_namespace(init.pidfd()).ok()),
                 init: Arc::new(init),
                 started: AtomicBool::new(false),
                 paused: AtomicBool::new(false),
@@ -419,6 +424,7 @@ impl Container {
         });
         let exit = exit.await?;
         let oom = self.out_of_memory("", exit);
+        self.mount_namespace.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.cgroup.remove().await?;
         self.storages.lock().unwrap_or_else(PoisonError::into_inner).unmount();
         Ok(started.then_some((exit, oom)))

@@ -37,7 +37,7 @@ const PORT: &str = "kapsel.0";
 pub(super) fn cmdline(spec: &MachineSpec, tsc_khz: Option<u64>) -> String {
     let mut line = String::from(
         "console=ttyS0 reboot=t panic=-1 quiet no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \
-         8250.nr_uarts=1 audit=0 nokaslr pci=off",
+         8250.nr_uarts=1 audit=0 nokaslr pci=off lsm=landlock",
     );
     if spec.accel == Accel::Tcg {
         line.push_str(" mitigations=off");

@@ -186,13 +186,28 @@ fn is_host_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, "bind") || has_option(mount, "rbind")
 }
 
+/// Takes out what is compiled separately, and what belongs to the sandbox rather than to one of its containers.
 fn take_seccomp(spec: &mut Spec) -> Option<LinuxSeccomp> {
     let mut linux = spec.linux().clone()?;
     let seccomp = linux.seccomp().clone();
-    // The cgroup's place and a network namespace that was prepared on the host mean nothing in the guest.
+    // The cgroup's place on the host means nothing in the guest.
     linux.set_seccomp(None).set_cgroups_path(None);
+    // Network, IPC and host name are the sandbox's, as in a pod, and the sandbox has a whole kernel for itself: what a process
+    // could see outside of such namespaces is nothing. Parameters of a namespace need that namespace.
+    let parameters = linux.sysctl().as_ref().is_some_and(|sysctl| !sysctl.is_empty());
+    let named = spec.domainname().as_ref().is_some_and(|name| !name.is_empty());
+    let sandbox_wide = |typ| match typ {
+        LinuxNamespaceType::Network => true,
+        LinuxNamespaceType::Ipc => !parameters,
+        LinuxNamespaceType::Uts => !parameters && !named,
+        _ => false,
+    };
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    namespaces.retain(|namespace| !sandbox_wide(namespace.typ()));
+    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
+        // The guest is given it before it is given the container.
+        spec.set_hostname(None);
+    }
     linux.set_namespaces(Some(namespaces));
     spec.set_linux(Some(linux));
     seccomp
