@@ -16,6 +16,7 @@ pub mod calls;
 pub mod chain;
 mod interrupt;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rate;
 pub mod rng;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kapsel_devices::mmio::{Transport, register};
-use kapsel_devices::{Device, Memory, balloon, block, rng, vsock};
+use kapsel_devices::{Device, Memory, balloon, block, net, rng, vsock};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::boot_timer::BootTimer;
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
-use crate::config::{CacheType, Config};
+use crate::config::{CacheType, Config, RateLimiter};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
@@ -66,6 +66,9 @@ pub enum Error {
     /// A disk.
     #[error(transparent)]
     Block(#[from] block::Error),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] net::Error),
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
@@ -179,6 +182,19 @@ fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Resu
         })?;
         let disk = slots.plug(block, Some(name))?;
         slots.handles.disks.push((name.clone(), disk));
+    }
+    for interface in &config.network_interfaces {
+        let limits = |limiter: Option<RateLimiter>| limiter.unwrap_or_default().into();
+        let name = &interface.iface_id;
+        let card = net::Net::new(net::Config {
+            tap: interface.host_dev_name.clone(),
+            mac: interface.guest_mac.map(|mac| mac.0),
+            mtu: interface.mtu,
+            receive: limits(interface.rx_rate_limiter),
+            transmit: limits(interface.tx_rate_limiter),
+        })?;
+        let card = slots.plug(card, Some(name))?;
+        slots.handles.interfaces.push((name.clone(), card));
     }
     if let Some(vsock) = &config.vsock {
         slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?, None)?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use kapsel_devices::rate::{Limit, Limits};
 use serde::{Deserialize, Serialize};
 
+use crate::mac::Mac;
 use crate::memory::HugePages;
 use crate::{log, metrics};
 
@@ -32,6 +33,9 @@ pub struct Config {
     /// Disks.
     #[serde(default)]
     pub drives: Vec<Drive>,
+    /// Network cards.
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterface>,
     /// Sockets between guest and host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
@@ -192,6 +196,28 @@ impl RateLimiter {
     }
 }
 
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Its name.
+    pub iface_id: String,
+    /// The tap device of the host that it is connected to.
+    pub host_dev_name: String,
+    /// Its address; the guest makes one up if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<Mac>,
+    /// The longest packet that the guest shall send, in bytes, from 68 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// How fast the guest may receive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How fast the guest may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
 /// What a guest's flush does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub enum CacheType {
@@ -284,9 +310,28 @@ pub enum Error {
         "Drive config error: the drive_id {0:?} is used twice, or is not made of letters, digits and underscores"
     )]
     DriveId(String),
+    /// Names of network cards.
+    #[error(
+        "Network config error: the iface_id {0:?} is used twice, or is not made of letters, digits and underscores"
+    )]
+    InterfaceId(String),
+    /// Addresses of network cards.
+    #[error("Network config error: The MAC address is already in use: {0}")]
+    MacInUse(Mac),
+    /// A packet's length.
+    #[error("Network config error: the mtu is at least {MTU_MIN}, not {0}")]
+    Mtu(u16),
     /// Root disks.
     #[error("Drive config error: A root block device already exists!")]
     TwoRoots,
+}
+
+/// The shortest longest packet that IPv4 allows.
+const MTU_MIN: u16 = 68;
+
+/// Whether it can be a device's name.
+fn plain(id: &str) -> bool {
+    !id.is_empty() && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
 impl Config {
@@ -322,15 +367,33 @@ impl Config {
         {
             return Err(Error::BalloonAboveMemory);
         }
+        self.check_interfaces()?;
         let mut root = false;
         for (index, drive) in self.drives.iter().enumerate() {
             let id = &drive.drive_id;
-            let plain = !id.is_empty() && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-            if !plain || self.drives[..index].iter().any(|other| other.drive_id == *id) {
+            if !plain(id) || self.drives[..index].iter().any(|other| other.drive_id == *id) {
                 return Err(Error::DriveId(id.clone()));
             }
             if drive.is_root_device && std::mem::replace(&mut root, true) {
                 return Err(Error::TwoRoots);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_interfaces(&self) -> Result<(), Error> {
+        for (index, interface) in self.network_interfaces.iter().enumerate() {
+            let (id, earlier) = (&interface.iface_id, &self.network_interfaces[..index]);
+            if !plain(id) || earlier.iter().any(|other| other.iface_id == *id) {
+                return Err(Error::InterfaceId(id.clone()));
+            }
+            if let Some(mac) = interface.guest_mac
+                && earlier.iter().any(|other| other.guest_mac == Some(mac))
+            {
+                return Err(Error::MacInUse(mac));
+            }
+            if let Some(mtu) = interface.mtu.filter(|mtu| *mtu < MTU_MIN) {
+                return Err(Error::Mtu(mtu));
             }
         }
         Ok(())
@@ -370,6 +433,10 @@ mod tests {
         )
     }
 
+    fn interface(id: &str) -> String {
+        format!(r#"{{"iface_id":"{id}","host_dev_name":"t","guest_mac":"06:00:00:00:00:01"}}"#)
+    }
+
     #[test]
     fn the_smallest_configuration_has_the_documented_defaults() {
         let config = parse("").unwrap();
@@ -395,7 +462,10 @@ mod tests {
             r#","machine-config":{"vcpu_count":1,"mem_size_mib":129,"huge_pages":"2M"}"#.to_owned(),
             r#","machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":true}"#.to_owned(),
             r#","balloon":{"amount_mib":129,"deflate_on_oom":true}"#.to_owned(),
-            r#","network-interfaces":[]"#.to_owned(),
+            r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","mtu":67}]"#.to_owned(),
+            r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","guest_mac":"02:00"}]"#.to_owned(),
+            format!(r#","network-interfaces":[{0},{0}]"#, r#"{"iface_id":"a","host_dev_name":"t"}"#),
+            format!(r#","network-interfaces":[{},{}]"#, interface("a"), interface("b")),
             r#","entropy":{"rate_limiter":{}}"#.to_owned(),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("b", true)),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("a", false)),

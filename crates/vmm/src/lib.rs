@@ -12,6 +12,7 @@ mod events;
 pub mod kernel;
 mod keyboard;
 pub mod log;
+pub mod mac;
 pub mod machine;
 pub mod memory;
 pub mod metrics;

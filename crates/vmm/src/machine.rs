@@ -9,6 +9,7 @@ use kapsel_devices::Kind;
 use kapsel_devices::balloon::{Balloon, Statistics, StatisticsError};
 use kapsel_devices::block::{self, Block};
 use kapsel_devices::mmio::Transport;
+use kapsel_devices::net::Net;
 use kapsel_devices::rate::Limits;
 use kapsel_devices::timer::Timer;
 use kvm_ioctls::VmFd;
@@ -30,11 +31,14 @@ pub(crate) struct Handles {
     /// Names of the devices in the order of their places, for those that have one.
     pub names: Vec<Option<String>>,
     pub disks: Vec<Disk>,
+    pub interfaces: Vec<Interface>,
     pub balloon: Option<SharedBalloon>,
 }
 
 /// The balloon.
 pub(crate) type SharedBalloon = Arc<Mutex<Transport<Balloon>>>;
+/// A network card by its name.
+pub(crate) type Interface = (String, Arc<Mutex<Transport<Net>>>);
 /// A disk by its name.
 pub(crate) type Disk = (String, Arc<Mutex<Transport<Block>>>);
 
@@ -155,6 +159,14 @@ impl Machine {
     pub fn limit_disk(&self, name: &str, limits: Limits) {
         if let Some((_, disk)) = self.handles.disks.iter().find(|(other, _)| other == name) {
             lock(disk).device_mut().limit(limits);
+        }
+    }
+
+    /// Changes how fast a network card may receive and send; limits that are absent stay. A name that no card has changes
+    /// nothing.
+    pub fn limit_interface(&self, name: &str, receive: Limits, transmit: Limits) {
+        if let Some((_, interface)) = self.handles.interfaces.iter().find(|(other, _)| other == name) {
+            lock(interface).device_mut().limit(receive, transmit);
         }
     }
 

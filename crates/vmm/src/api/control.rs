@@ -4,12 +4,12 @@
 use std::fs::File;
 use std::time::Duration;
 
-use kapsel_devices::block;
+use kapsel_devices::{block, net};
 use serde_json::{Value, json};
 
 use super::fault::Fault;
-use super::request::{DriveUpdate, Request};
-use crate::config::{BootSource, Config, Drive};
+use super::request::{DriveUpdate, InterfaceUpdate, Request};
+use crate::config::{BootSource, Config, Drive, NetworkInterface, RateLimiter};
 use crate::machine::Machine;
 use crate::metrics::Metrics;
 use crate::{builder, confine, log};
@@ -117,6 +117,10 @@ impl PreBoot {
                 block::check(&drive.path_on_host, drive.is_read_only).map_err(Fault::Drive)?;
                 put_drive(&mut config.drives, drive);
             }
+            Request::PutInterface(interface) => {
+                net::check(&interface.host_dev_name)?;
+                put_interface(&mut config.network_interfaces, interface);
+            }
             Request::GetBalloon => return config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
             Request::PutBalloon(balloon) => config.balloon = Some(balloon),
             Request::PutVsock(vsock) => config.vsock = Some(vsock),
@@ -125,6 +129,7 @@ impl PreBoot {
             Request::PutMetrics(settings) => self.metrics.configure(&settings)?,
             Request::GetVersion => return Ok(version()),
             Request::PatchDrive(_)
+            | Request::PatchInterface(_)
             | Request::PatchBalloon(_)
             | Request::GetBalloonStatistics
             | Request::PatchBalloonStatistics(_)
@@ -163,6 +168,13 @@ fn put_drive(drives: &mut Vec<Drive>, drive: Drive) {
     }
 }
 
+fn put_interface(interfaces: &mut Vec<NetworkInterface>, interface: NetworkInterface) {
+    match interfaces.iter_mut().find(|other| other.iface_id == interface.iface_id) {
+        Some(other) => *other = interface,
+        None => interfaces.push(interface),
+    }
+}
+
 impl Running {
     /// Does one request.
     ///
@@ -184,6 +196,7 @@ impl Running {
                 Ok(Answer::Done)
             }
             Request::PatchDrive(update) => self.patch_drive(update, machine),
+            Request::PatchInterface(update) => self.patch_interface(update, machine),
             Request::GetBalloon => self.config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
             Request::PatchBalloon(update) => {
                 let mut config = self.config.clone();
@@ -232,6 +245,7 @@ impl Running {
             | Request::PutMachineConfig(_)
             | Request::PatchMachineConfig(_)
             | Request::PutDrive(_)
+            | Request::PutInterface(_)
             | Request::PutBalloon(_)
             | Request::PutVsock(_)
             | Request::PutEntropy(_)
@@ -248,9 +262,27 @@ impl Running {
         }
         if let Some(limiter) = update.rate_limiter {
             machine.limit_disk(&update.drive_id, limiter.into());
-            drive.rate_limiter.get_or_insert_default().update(limiter);
         }
+        update_limiter(&mut drive.rate_limiter, update.rate_limiter);
         Ok(Answer::Done)
+    }
+
+    fn patch_interface(&mut self, update: InterfaceUpdate, machine: &Machine) -> Result<Answer, Fault> {
+        let mut interfaces = self.config.network_interfaces.iter_mut();
+        let interface = interfaces.find(|interface| interface.iface_id == update.iface_id);
+        let interface = interface.ok_or_else(|| Fault::NoInterface(update.iface_id.clone()))?;
+        let limits = |limiter: Option<RateLimiter>| limiter.unwrap_or_default().into();
+        let (receive, transmit) = (limits(update.rx_rate_limiter), limits(update.tx_rate_limiter));
+        machine.limit_interface(&update.iface_id, receive, transmit);
+        update_limiter(&mut interface.rx_rate_limiter, update.rx_rate_limiter);
+        update_limiter(&mut interface.tx_rate_limiter, update.tx_rate_limiter);
+        Ok(Answer::Done)
+    }
+}
+
+fn update_limiter(limiter: &mut Option<RateLimiter>, change: Option<RateLimiter>) {
+    if let Some(change) = change {
+        limiter.get_or_insert_default().update(change);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kapsel_devices::{balloon, block};
+use kapsel_devices::{balloon, block, net};
 
 use crate::{builder, config, metrics};
 
@@ -43,6 +43,12 @@ pub enum Fault {
     /// The disk's new file cannot be used.
     #[error("Drive config error: Unable to patch the block device: {0} Please verify the request arguments.")]
     PatchDrive(#[from] block::Error),
+    /// The tap cannot be used.
+    #[error("Network config error: {0}")]
+    Network(#[from] net::Error),
+    /// No network card of that name.
+    #[error("Network config error: Unable to update the net device: there is no interface {0}")]
+    NoInterface(String),
     /// There is no balloon.
     #[error("Balloon config error: No balloon device found.")]
     NoBalloon,

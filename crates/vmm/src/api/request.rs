@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::config::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig,
-    MachineConfigUpdate, RateLimiter, Vsock,
+    MachineConfigUpdate, NetworkInterface, RateLimiter, Vsock,
 };
 use crate::{log, metrics};
 
@@ -29,6 +29,10 @@ pub enum Request {
     PutDrive(Drive),
     /// Continues a disk with another file.
     PatchDrive(DriveUpdate),
+    /// Adds a network card, or replaces the one of that name.
+    PutInterface(NetworkInterface),
+    /// Changes a network card's limits.
+    PatchInterface(InterfaceUpdate),
     /// The balloon.
     GetBalloon,
     /// Adds a balloon.
@@ -75,6 +79,20 @@ pub struct DriveUpdate {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+/// Other limits for a network card; what is absent stays.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InterfaceUpdate {
+    /// Which one.
+    pub iface_id: String,
+    /// How fast the guest may receive.
+    #[serde(default)]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How fast the guest may send.
+    #[serde(default)]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Action {
@@ -113,6 +131,8 @@ impl Request {
             Request::PatchMachineConfig(_) => (patch, "machine_cfg_count", Some("machine_cfg_fails")),
             Request::PutDrive(_) => (put, "drive_count", Some("drive_fails")),
             Request::PatchDrive(_) => (patch, "drive_count", Some("drive_fails")),
+            Request::PutInterface(_) => (put, "network_count", Some("network_fails")),
+            Request::PatchInterface(_) => (patch, "network_count", Some("network_fails")),
             Request::PutVsock(_) => (put, "vsock_count", Some("vsock_fails")),
             Request::PutLogger(_) => (put, "logger_count", Some("logger_fails")),
             Request::PutMetrics(_) => (put, "metrics_count", Some("metrics_fails")),
@@ -194,6 +214,18 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
             let name = check_name(name)?;
             let update: DriveUpdate = serde_json::from_slice(body)?;
             if update.drive_id == name { Ok(Request::PatchDrive(update)) } else { Err(Invalid::IdMismatch) }
+        }
+        ("PUT", "network-interfaces", name) => {
+            let name = check_name(name)?;
+            let interface: NetworkInterface = serde_json::from_slice(body)?;
+            let matches = interface.iface_id == name;
+            if matches { Ok(Request::PutInterface(interface)) } else { Err(Invalid::IdMismatch) }
+        }
+        ("PATCH", "network-interfaces", name) => {
+            let name = check_name(name)?;
+            let update: InterfaceUpdate = serde_json::from_slice(body)?;
+            let matches = update.iface_id == name;
+            if matches { Ok(Request::PatchInterface(update)) } else { Err(Invalid::IdMismatch) }
         }
         ("PUT", "actions", None) => match serde_json::from_slice(body)? {
             Action { action_type: ActionType::InstanceStart } => Ok(Request::Start),

@@ -177,7 +177,7 @@ fn put_together(client: &mut Client, files: &Files, disk: &Path) -> Result<(), F
     let start = json!({"action_type": "InstanceStart"});
     client.refused("PUT", "/actions", &start, "without kernel configuration")?;
     client.refused("PATCH", "/vm", &json!({"state": "Paused"}), "before starting")?;
-    client.refused("PUT", "/network-interfaces/eth0", &json!({}), "Invalid request method and/or path")?;
+    client.refused("PUT", "/network-interfaces/eth0", &json!({}), "missing field `iface_id`")?;
     let kernel = json!({
         "kernel_image_path": files.vmlinux,
         "initrd_path": files.initramfs,

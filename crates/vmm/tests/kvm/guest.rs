@@ -27,6 +27,16 @@ pub const LARGE_SECTORS: usize = 128;
 pub const SLOW_SECTORS: usize = 1024;
 /// Said with the number of milliseconds that reading it took.
 pub const SLOW: &str = "the slow disk took";
+/// The guest's network card.
+pub const GUEST_MAC: &str = "06:00:ac:10:00:02";
+/// The guest's address.
+pub const GUEST_ADDRESS: &str = "172.16.0.2";
+/// The host's.
+pub const HOST_ADDRESS: &str = "172.16.0.1";
+/// Where the host echoes.
+pub const NETWORK_PORT: u16 = 7;
+/// How much goes to the host and back.
+pub const STREAM: usize = 8 << 20;
 /// How much memory the guest uses for a moment.
 pub const FREED_MIB: usize = 96;
 /// How much memory the balloon takes.
@@ -59,6 +69,7 @@ pub fn main() -> ! {
         "devices" => (devices(), libc::RB_POWER_OFF),
         "ticks" => (ticks(), libc::RB_POWER_OFF),
         "services" => (services(), libc::RB_POWER_OFF),
+        "network" => (network(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
     };
@@ -234,6 +245,38 @@ fn say_booted() -> io::Result<()> {
     check(page != libc::MAP_FAILED, "the boot timer is mapped")?;
     // SAFETY: the mapping is a page long and lives as long as the process.
     unsafe { page.cast::<u8>().write_volatile(123) };
+    Ok(())
+}
+
+/// Sends a stream through the host and back, with a cable that is then cut.
+fn network() -> io::Result<()> {
+    let attribute = |name: &str| fs::read_to_string(format!("/sys/class/net/eth0/{name}"));
+    check(attribute("address")?.trim() == GUEST_MAC, "the card has its address")?;
+    check(attribute("mtu")?.trim() == "1400", "the card has its mtu")?;
+    let run = |command: &str| std::process::Command::new("/bin/sh").args(["-c", command]).status();
+    check(
+        run(&format!("ip addr add {GUEST_ADDRESS}/24 dev eth0 && ip link set eth0 up"))?.success(),
+        "the card is up",
+    )?;
+
+    let mut stream = std::net::TcpStream::connect((HOST_ADDRESS, NETWORK_PORT))?;
+    let mut reader = stream.try_clone()?;
+    let echo = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    stream.write_all(&pattern(STREAM))?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let bytes = echo.join().map_err(|_| io::Error::other("the reader panicked"))??;
+    check(bytes == pattern(STREAM), "the stream comes back as it was")?;
+
+    println!("{READY}");
+    // The host cuts the cable meanwhile; what is sent then is lost, and nothing else happens.
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    for _ in 0..30 {
+        let _ = socket.send_to(b"hello", (HOST_ADDRESS, NETWORK_PORT));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use crate::guest;
 
 const VMM: &str = env!("CARGO_BIN_EXE_kapsel-vmm");
 /// Modules of the guest in the order of their dependencies.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 10] = [
     "drivers/virtio/virtio_mmio",
     "drivers/virtio/virtio_balloon",
     "drivers/block/virtio_blk",
@@ -24,6 +24,9 @@ const MODULES: [&str; 7] = [
     "net/vmw_vsock/vsock",
     "net/vmw_vsock/vmw_vsock_virtio_transport_common",
     "net/vmw_vsock/vmw_vsock_virtio_transport",
+    "net/core/failover",
+    "drivers/net/net_failover",
+    "drivers/net/virtio_net",
 ];
 const SECTOR: usize = 512;
 /// More exits in a quiet boot mean that the kernel looks for something that is not there.
@@ -98,7 +101,7 @@ fn build_initramfs(kernel: &Kernel, path: &Path) -> io::Result<()> {
 }
 
 /// A configuration whose guest does `task`.
-fn config(files: &Files, kernel: &Path, task: &str) -> Value {
+pub fn config(files: &Files, kernel: &Path, task: &str) -> Value {
     json!({
         "boot-source": {"kernel_image_path": kernel, "initrd_path": files.initramfs, "boot_args": guest::arguments(task)},
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 256},
@@ -106,7 +109,7 @@ fn config(files: &Files, kernel: &Path, task: &str) -> Value {
 }
 
 /// A running monitor, which does not outlive its test.
-struct Monitor(Child);
+pub struct Monitor(Child);
 
 impl Drop for Monitor {
     fn drop(&mut self) {
@@ -118,7 +121,7 @@ impl Drop for Monitor {
 
 impl Monitor {
     /// Its console is at its standard input and output.
-    fn start(files: &Files, directory: &Path, config: &Value) -> io::Result<Self> {
+    pub fn start(files: &Files, directory: &Path, config: &Value) -> io::Result<Self> {
         Self::start_with(files, directory, config, &[])
     }
 
@@ -137,8 +140,13 @@ impl Monitor {
         Ok(Monitor(child))
     }
 
+    /// The guest's console, to be read by the caller instead of [`Monitor::finish`].
+    pub fn take_console(&mut self) -> std::process::ChildStdout {
+        self.0.stdout.take().expect("stdout is a pipe")
+    }
+
     /// What was said until the end, which comes within two minutes.
-    fn finish(mut self) -> io::Result<Output> {
+    pub fn finish(mut self) -> io::Result<Output> {
         let deadline = Instant::now() + Duration::from_secs(120);
         // The guest may print more than the pipe holds.
         let stdout = self.0.stdout.take().map(|stdout| std::thread::spawn(move || read_all(stdout)));
@@ -164,14 +172,14 @@ fn read_all(mut from: impl Read) -> io::Result<String> {
 }
 
 /// What came of a monitor.
-struct Output {
-    status: ExitStatus,
-    console: String,
-    stderr: String,
+pub struct Output {
+    pub status: ExitStatus,
+    pub console: String,
+    pub stderr: String,
 }
 
 impl Output {
-    fn expect(&self, condition: bool) -> Result<(), Failed> {
+    pub fn expect(&self, condition: bool) -> Result<(), Failed> {
         if condition {
             return Ok(());
         }
@@ -256,7 +264,7 @@ pub fn linux_protocol() -> Result<(), Failed> {
     let files = Files::here();
     let directory = tempfile::tempdir()?;
     let mut monitor = Monitor::start(&files, directory.path(), &config(&files, &files.bzimage, "console"))?;
-    let mut console = BufReader::new(monitor.0.stdout.take().expect("stdout is a pipe"));
+    let mut console = BufReader::new(monitor.take_console());
     let mut text = String::new();
     // What is typed before the guest's driver is up may be lost, as on any serial port.
     while !text.contains(guest::READY) && console.read_line(&mut text)? > 0 {}

@@ -4,6 +4,7 @@
 mod api;
 mod guest;
 mod host;
+mod network;
 mod services;
 
 use std::process::ExitCode;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         trial("a_forbidden_system_call_ends_the_monitor", host::forbidden_call),
         trial("a_machine_is_put_together_started_paused_and_changed_through_the_api", api::life),
         trial("a_monitor_logs_counts_limits_and_types_for_its_user", services::services),
+        trial("a_guest_is_on_the_network_until_its_tap_goes_away", network::network),
     ];
     kapsel_kvmbox::test_main(trials, host::prepare)
 }

@@ -1,0 +1,98 @@
+//! A tap device: the host's end of a network cable, on which each read or write is a frame with a virtio header.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::{Error, HEADER};
+use crate::chain::Buffers;
+
+const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
+pub(super) const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+
+/// What the guest can take without help (`TUN_F_*` in linux/if_tun.h).
+pub mod offload {
+    /// Frames without checksums.
+    pub const CSUM: u32 = 1;
+    /// TCP over IPv4 in large pieces.
+    pub const TSO4: u32 = 2;
+    /// TCP over IPv6 in large pieces.
+    pub const TSO6: u32 = 4;
+    /// Such pieces with congestion marks.
+    pub const TSO_ECN: u32 = 8;
+}
+
+/// A tap device, attached to.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+}
+
+#[cfg(test)]
+impl From<std::os::unix::net::UnixDatagram> for Tap {
+    /// A socket with boundaries between messages behaves like a tap, but has no offloads.
+    fn from(socket: std::os::unix::net::UnixDatagram) -> Self {
+        Tap { file: std::os::fd::OwnedFd::from(socket).into() }
+    }
+}
+
+impl Tap {
+    /// Attaches to the tap device of that name, which is made if it is not there and this user may.
+    ///
+    /// # Errors
+    /// [`Error`] when there is none, when it is not this user's, or when somebody else is attached to it.
+    pub fn open(name: &str) -> Result<Self, Error> {
+        let failed = |source| Error::Tap { name: name.to_owned(), source };
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', '%']) {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "no device can have this name")));
+        }
+        let mut options = File::options();
+        let file = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+        let tap = Tap { file: file.map_err(failed)? };
+        // SAFETY: integers and a union of them, for which zero is a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        // SAFETY: the request reads and writes an ifreq.
+        tap.ioctl(unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNSETIFF, &mut request) }).map_err(failed)?;
+        let size = HEADER as libc::c_int;
+        // SAFETY: the request reads an int.
+        tap.ioctl(unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNSETVNETHDRSZ, &size) }).map_err(failed)?;
+        Ok(tap)
+    }
+
+    fn ioctl(&self, result: libc::c_int) -> io::Result<()> {
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Says what the guest can take, by bits of [`offload`].
+    pub fn set_offload(&self, bits: u32) -> io::Result<()> {
+        // SAFETY: the request's argument is a number, not a pointer.
+        self.ioctl(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(bits)) })
+    }
+
+    /// Takes the next frame, which is cut if `into` is shorter.
+    pub fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(&self.file, into)?)
+    }
+
+    /// Sends one frame.
+    pub fn send(&self, frame: &Buffers<'_>) -> io::Result<()> {
+        let vectors = frame.iovecs();
+        // SAFETY: the descriptor is open, and each vector is a range of guest memory that `frame` checked and keeps mapped
+        // for its lifetime. The guest may change the bytes meanwhile; only the kernel reads them, once.
+        let sent =
+            unsafe { libc::writev(self.file.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
