@@ -15,7 +15,10 @@ pub enum Error {
         what: String,
     },
     /// The file is not a kernel that can be booted.
-    #[error("{} is not a usable kernel: {what}", path.display())]
+    #[error(
+        "{} is not a usable kernel: {what}; set the key `kernel` of the configuration to a vmlinux, or leave it out for Debian's",
+        path.display()
+    )]
     BadKernel {
         /// The file.
         path: PathBuf,
@@ -23,7 +26,9 @@ pub enum Error {
         what: String,
     },
     /// A module that the guest needs is neither in the kernel nor beside it.
-    #[error("the kernel {release} has no {module}, which the guest needs")]
+    #[error(
+        "the kernel {release} has no {module}, which the guest needs; build it in, or leave the key `kernel` of the configuration out for Debian's"
+    )]
     NoModule {
         /// The kernel.
         release: String,
@@ -31,7 +36,7 @@ pub enum Error {
         module: String,
     },
     /// A cache entry was written by a newer kapsel.
-    #[error("{} was written by a newer kapsel (format {found}, this one knows {known}): remove it or upgrade", path.display())]
+    #[error("{} was written by a newer kapsel (format {found}, this one knows {known}); remove it or upgrade", path.display())]
     Newer {
         /// The entry.
         path: PathBuf,

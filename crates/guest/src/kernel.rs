@@ -80,7 +80,8 @@ impl Kernel {
 
 /// Where a kernel that was given by path is cached.
 fn own_entry(dir: &Path, path: &Path) -> Result<PathBuf> {
-    let meta = fs::metadata(path).context(|| format!("cannot read the kernel {}", path.display()))?;
+    let meta = fs::metadata(path)
+        .map_err(|error| Error::BadKernel { path: path.to_owned(), what: error.to_string() })?;
     let identity =
         format!("{}\0{} {} {}.{}", path.display(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec());
     Ok(dir.join(format!("own-{}", hex::encode(&Sha256::digest(identity)[..8]))))

@@ -29,6 +29,15 @@ impl Tail {
         last.join("\n").chars().filter(|c| *c == '\n' || !c.is_control()).collect()
     }
 
+    /// Why the guest's kernel panicked, in its words, if it did.
+    pub(crate) fn panic(&self) -> Option<String> {
+        const WORDS: usize = 200;
+        let bytes = self.bytes();
+        let text = String::from_utf8_lossy(&bytes);
+        let (_, reason) = text.rsplit_once("Kernel panic - not syncing: ")?;
+        Some(reason.chars().take_while(|c| !c.is_control()).take(WORDS).collect())
+    }
+
     fn push(&self, bytes: &[u8]) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend(bytes);
@@ -70,5 +79,15 @@ mod tests {
         assert!(file.as_file().metadata().unwrap().len() < CONSOLE_FILE_MAX + 100);
         assert_eq!(tail.bytes().len(), CONSOLE_MEMORY);
         assert_eq!(tail.lines(2), "second last\nKernel panic[2J");
+    }
+
+    #[test]
+    fn a_panic_is_found_above_its_long_trace() {
+        let tail = Tail::default();
+        tail.push(b"[1.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0x0\r\n");
+        assert_eq!(tail.panic().as_deref(), Some("Attempted to kill init! exitcode=0x0"));
+        (0..100).for_each(|_| tail.push(b"[1.0]  ? ret_from_fork+0x1a/0x30\r\n"));
+        assert!(tail.panic().is_some());
+        assert_eq!(Tail::default().panic(), None);
     }
 }

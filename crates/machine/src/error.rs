@@ -7,7 +7,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The monitor is not installed.
-    #[error("cannot find {program}: install the package {package}")]
+    #[error("cannot find {program}; install the package {package}")]
     Missing {
         /// What was looked for.
         program: String,
@@ -107,8 +107,10 @@ pub enum Error {
 }
 
 fn last_lines(text: &str) -> String {
-    let text = text.trim_end();
-    if text.is_empty() { String::new() } else { format!("; its last lines:\n{text}") }
+    // In one line, and without what separates a failure from the advice in messages: it is others' text.
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines = lines.join(" | ").replace("; ", ", ");
+    if lines.is_empty() { lines } else { format!(", its last lines: {lines}") }
 }
 
 /// Adds what was tried to an I/O error.

@@ -103,9 +103,6 @@ pub trait Machine: Send + Sync {
     /// When the machine has ended.
     async fn stats(&self) -> Result<Stats>;
 
-    /// Ends the machine: asks the guest to power down, then the monitor to quit, then kills it. `deadline` is for the whole.
-    async fn stop(&self, deadline: Duration) -> ExitReason;
-
     /// Kills the monitor at once.
     async fn kill(&self) -> ExitReason;
 

@@ -64,9 +64,9 @@ pub struct Stats {
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
-    /// The guest powered itself off, or the monitor was asked to quit.
+    /// The guest powered itself off or reset itself.
     Shutdown,
-    /// The guest's kernel panicked or reset itself; the console's last lines.
+    /// The guest's kernel panicked: why, in its words.
     Panic(String),
     /// The monitor was killed by a signal.
     Killed(i32),
@@ -83,7 +83,7 @@ impl std::fmt::Display for ExitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             ExitReason::Shutdown => write!(f, "shut down"),
-            ExitReason::Panic(_) => write!(f, "the guest's kernel panicked"),
+            ExitReason::Panic(why) => write!(f, "the guest's kernel panicked: {why}"),
             ExitReason::Killed(signal) => write!(f, "killed by signal {signal}"),
             ExitReason::Error { code, .. } => write!(f, "exit code {code}"),
         }

@@ -36,8 +36,6 @@ pub(super) struct QemuMachine {
     memory_file: Option<PathBuf>,
     phases: Mutex<Vec<Phase>>,
     session: Mutex<Option<Mux>>,
-    /// Set by `stop` and `kill`, so that the end is told as what was asked for.
-    stopping: Mutex<bool>,
 }
 
 impl QemuMachine {
@@ -64,7 +62,6 @@ impl QemuMachine {
             memory_file,
             phases: Mutex::new(phases),
             session: Mutex::new(None),
-            stopping: Mutex::new(false),
         }
     }
 
@@ -93,28 +90,20 @@ impl QemuMachine {
     }
 
     fn ended(&self, exit: Exit) -> Error {
+        let reason = self.reason(exit);
         let said = self.process.stderr.lines(10);
-        let stderr = if said.is_empty() { self.process.console.lines(10) } else { said };
-        Error::Ended {
-            name: self.spec.name.clone(),
-            monitor: NAME,
-            reason: self.reason(exit).to_string(),
-            stderr,
-        }
+        let stderr = match reason {
+            // Says it already; the last lines are registers.
+            ExitReason::Panic(_) => String::new(),
+            _ if said.is_empty() => self.process.console.lines(10),
+            _ => said,
+        };
+        Error::Ended { name: self.spec.name.clone(), monitor: NAME, reason: reason.to_string(), stderr }
     }
 
     fn reason(&self, exit: Exit) -> ExitReason {
-        let stopping = *self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
         match exit {
-            Exit::Code(0) => {
-                let tail = self.process.console.lines(40);
-                if tail.contains("Kernel panic - not syncing") {
-                    ExitReason::Panic(tail)
-                } else {
-                    ExitReason::Shutdown
-                }
-            }
-            Exit::Signal(libc::SIGKILL) if stopping => ExitReason::Killed(libc::SIGKILL),
+            Exit::Code(0) => self.process.console.panic().map_or(ExitReason::Shutdown, ExitReason::Panic),
             Exit::Signal(signal) => ExitReason::Killed(signal),
             Exit::Code(code) => ExitReason::Error { code, stderr: self.process.stderr.lines(10) },
         }
@@ -286,25 +275,7 @@ impl Machine for QemuMachine {
         })
     }
 
-    async fn stop(&self, deadline: Duration) -> ExitReason {
-        let half = deadline / 2;
-        // A guest that was asked to shut down over its channel is on its way; one that was not has no other ear.
-        if let Ok(exit) = tokio::time::timeout(half, self.process.exit()).await {
-            return self.reason(exit);
-        }
-        *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        if let Ok(mut qmp) = tokio::time::timeout(half / 2, self.qmp.lock()).await {
-            // QEMU may end before it answers.
-            let _ = qmp.execute("quit", json!({}), half / 2).await;
-        }
-        match tokio::time::timeout(half / 2, self.process.exit()).await {
-            Ok(exit) => self.reason(exit),
-            Err(_) => self.kill().await,
-        }
-    }
-
     async fn kill(&self) -> ExitReason {
-        *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.process.kill();
         self.wait().await
     }
@@ -325,8 +296,8 @@ impl QemuMachine {
                 .context(|| format!("cannot move the memory to {}", target.display()))?;
         }
         snapshot::dig_holes(&target)?;
-        // Under a user of its own each clone's monitor opens it for writing, as QEMU does even for a private mapping.
-        std::fs::set_permissions(&target, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+        // It was the monitor's to write; from now on it is only copied, by us.
+        std::fs::set_permissions(&target, std::os::unix::fs::PermissionsExt::from_mode(0o600))
             .context(|| format!("cannot set the mode of {}", target.display()))?;
         snapshot::Meta::of(&self.spec, self.fingerprint.clone(), &target)?.write(dir)?;
         Ok(Snapshot { dir: dir.to_owned() })

@@ -251,6 +251,6 @@ mod tests {
     #[test]
     fn a_missing_qemu_names_the_package() {
         let error = Qemu::find(Some(Path::new("/nowhere/qemu"))).unwrap_err();
-        assert_eq!(error.to_string(), "cannot find /nowhere/qemu: install the package qemu-system-x86");
+        assert_eq!(error.to_string(), "cannot find /nowhere/qemu; install the package qemu-system-x86");
     }
 }
