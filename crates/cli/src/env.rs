@@ -5,6 +5,7 @@ use std::fs;
 use crate::failure::Failure;
 use crate::flags::run::ProcessFlags;
 use crate::flags::value::EnvVar;
+use crate::output::size;
 
 /// The largest file of variables.
 const LARGEST: u64 = 4 << 20;
@@ -20,7 +21,8 @@ pub fn collect(flags: &ProcessFlags) -> Result<Vec<String>, Failure> {
             |error| Failure::new(format!("cannot read the variables in {}: {error}", path.display()));
         let size = fs::metadata(path).map_err(cannot)?.len();
         if size > LARGEST {
-            return Err(Failure::new(format!("{} is too large for a file of variables", path.display())));
+            return Err(Failure::new(format!("{} is too large for a file of variables", path.display()))
+                .hint(format!("at most {} can be given", size::bytes(LARGEST))));
         }
         let text = fs::read_to_string(path).map_err(cannot)?;
         for (index, line) in text.lines().enumerate() {

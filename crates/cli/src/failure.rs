@@ -27,6 +27,14 @@ impl Failure {
         Failure { message: message.to_string(), hint: None, code: FAILED }
     }
 
+    /// A failure that a library words: `what failed: why; what to do`.
+    pub fn worded(text: &str) -> Self {
+        match text.split_once("; ") {
+            Some((message, hint)) => Failure::new(message).hint(hint),
+            None => Failure::new(text),
+        }
+    }
+
     /// Adds what the person can do.
     pub fn hint(mut self, hint: impl Display) -> Self {
         self.hint = Some(hint.to_string());
@@ -77,14 +85,9 @@ impl Display for Failure {
     }
 }
 
-/// The libraries' errors read `what failed: why; what to do`.
 impl<E: std::error::Error> From<E> for Failure {
     fn from(error: E) -> Self {
-        let text = error.to_string();
-        match text.split_once("; ") {
-            Some((message, hint)) => Failure::new(message).hint(hint),
-            None => Failure::new(text),
-        }
+        Failure::worded(&error.to_string())
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use kapsel_sandbox::client::{Client, Error as ClientError};
+use kapsel_sandbox::client::{Client, Error as ClientError, Fate};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, Outcome};
 use crate::signals::{self, Signals};
 use crate::streams::{self, Running};
 use crate::terminal;
@@ -18,6 +18,8 @@ const PATIENCE: u32 = 3;
 
 /// Signals that ask a program to end.
 const ENDINGS: [i32; 4] = [1, 2, 3, 15];
+/// Exit codes that can come from the sandbox as well as from the process: killed, and lost.
+const AMBIGUOUS: [u8; 2] = [137, 255];
 /// Linux's SIGPIPE.
 const SIGPIPE: i32 = 13;
 
@@ -97,6 +99,25 @@ impl Foreground<'_> {
                 Err(_) if self.exec_id.is_empty() => {}
                 Err(_) => quiet = if streams.idle() { quiet + LOOK } else { Duration::ZERO },
             }
+        }
+    }
+
+    /// The exit code for a process that ended with `code`: its own, unless it was the sandbox that failed.
+    ///
+    /// # Errors
+    /// Tells why the sandbox failed.
+    pub async fn verdict(&self, code: u8) -> Outcome {
+        if !AMBIGUOUS.contains(&code) {
+            return Ok(code);
+        }
+        match self.client.fate().await {
+            Fate::Ordinary => Ok(code),
+            Fate::OutOfMemory(message) => {
+                Failure::worded(&message).warn();
+                Ok(code)
+            }
+            Fate::Lost(message) => Err(Failure::new(message)
+                .hint("'kapsel doctor' checks this machine; a container run without --rm keeps its logs")),
         }
     }
 

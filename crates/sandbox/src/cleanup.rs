@@ -9,7 +9,7 @@ use std::{
 use crate::{
     listing::lost,
     owner::{self, Owner},
-    paths::Bundle,
+    paths::{Bundle, Paths},
     record::{self, Record, Status},
     registry::{Error, Registry},
 };
@@ -73,7 +73,7 @@ fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
     // Taking the lock keeps a second command from clearing at the same time.
     let claimed = owner::claim(bundle).map_err(|source| failed("claim", bundle.dir(), source))?;
     let Some(_claimed) = claimed else { return Ok(false) };
-    resources(bundle)?;
+    resources(registry.paths(), bundle)?;
     match Record::read(bundle) {
         Ok(mut record) if !record.remove => {
             if record.status != Status::Exited {
@@ -92,15 +92,14 @@ fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
 ///
 /// # Errors
 /// When something cannot be freed.
-pub fn resources(bundle: &Bundle) -> Result<(), Error> {
+pub fn resources(paths: &Paths, bundle: &Bundle) -> Result<(), Error> {
     unmount_below(bundle.dir()).map_err(|source| failed("unmount below", bundle.dir(), source))?;
     let name = bundle.dir().file_name().and_then(|n| n.to_str()).unwrap_or_default();
     if let Ok(Some(cgroup)) = kapsel_jail::Cgroup::open(name) {
         let removed = cgroup.remove(EMPTY_CGROUP).map_err(io::Error::other);
         removed.map_err(|source| failed("remove the cgroup of", bundle.dir(), source))?;
     }
-
-    for path in [bundle.shim_socket(), bundle.attach_socket()] {
+    for path in [bundle.shim_socket(), bundle.attach_socket(), paths.scratch_disk(name)] {
         absent(fs::remove_file(&path)).map_err(|source| failed("remove", &path, source))?;
     }
     let dir = bundle.machine_dir();
@@ -161,10 +160,7 @@ fn mount_points(table: &str) -> impl Iterator<Item = PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        paths::{Id, Paths},
-        record::Exit,
-    };
+    use crate::{paths::Id, record::Exit};
 
     fn registry() -> (tempfile::TempDir, Registry) {
         let dir = tempfile::tempdir().unwrap();
@@ -183,6 +179,9 @@ mod tests {
         std::os::unix::net::UnixListener::bind(bundle.attach_socket()).unwrap();
         fs::create_dir(bundle.machine_dir()).unwrap();
         std::os::unix::net::UnixListener::bind(bundle.machine_dir().join("qmp.sock")).unwrap();
+        let scratch = registry.paths().scratch_disk(record.id.short());
+        fs::create_dir_all(scratch.parent().unwrap()).unwrap();
+        fs::write(scratch, "disk").unwrap();
         bundle
     }
 
@@ -198,6 +197,7 @@ mod tests {
         for left in [kept.shim_socket(), kept.attach_socket(), kept.machine_dir()] {
             assert!(!left.exists(), "{}", left.display());
         }
+        assert_eq!(fs::read_dir(registry.paths().data().join("scratch")).unwrap().count(), 0);
         let record = Record::read(&kept).unwrap();
         assert_eq!(record.status, Status::Exited);
         assert!(matches!(record.exit, Some(Exit { code: 255, reason: Some(_), .. })));

@@ -177,6 +177,17 @@ pub struct State {
     pub exit: Option<ExitStatus>,
 }
 
+/// Why a sandbox ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Its container did, or somebody ended it; or it has not ended.
+    Ordinary,
+    /// Its container used up its memory; in words.
+    OutOfMemory(String),
+    /// Something that it needs failed; in words.
+    Lost(String),
+}
+
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessStatus {
@@ -409,6 +420,16 @@ impl Client {
         let reply =
             self.call("Pids", CALL, self.task.pids(context::with_duration(CALL + GRACE), &request)).await?;
         Ok(reply.processes.iter().map(|process| process.pid).collect())
+    }
+
+    /// Why the sandbox of an ended container ended. The Task API has no call for it; but each that needs the guest says why
+    /// there is none.
+    pub async fn fate(&self) -> Fate {
+        match self.pids().await {
+            Err(Error::Refused { code: Code::RESOURCE_EXHAUSTED, message }) => Fate::OutOfMemory(message),
+            Err(Error::Refused { code: Code::ABORTED, message }) => Fate::Lost(message),
+            _ => Fate::Ordinary,
+        }
     }
 
     /// Where a process is in its life.

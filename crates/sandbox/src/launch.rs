@@ -10,6 +10,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use kapsel_protocol::limits;
 use oci_spec::runtime::Spec;
 
 use crate::{
@@ -33,6 +34,16 @@ pub enum Error {
     /// It does not listen.
     #[error(transparent)]
     Client(#[from] client::Error),
+    /// The container is described at too great a length.
+    #[error(
+        "arguments, environment and mounts of the container take {bytes} bytes, and at most {} go to a guest; give it \
+         large data as a file, with -v",
+        limits::SPEC_MAX
+    )]
+    TooLarge {
+        /// Of its specification.
+        bytes: usize,
+    },
     /// The bundle cannot be written.
     #[error("cannot {what} {path}: {source}")]
     Io {
@@ -123,12 +134,12 @@ fn start(
     spec: &Spec,
     options: Options<'_>,
 ) -> Result<Option<Leash>, Error> {
-    let json = serde_json::to_vec(spec).map_err(io::Error::from);
-    json.and_then(|json| record::replace(&bundle.spec(), &json)).map_err(|source| Error::Io {
-        what: "write",
-        path: bundle.spec(),
-        source,
-    })?;
+    let unwritten = |source| Error::Io { what: "write", path: bundle.spec(), source };
+    let json = serde_json::to_vec(spec).map_err(|error| unwritten(error.into()))?;
+    if json.len() > limits::SPEC_MAX {
+        return Err(Error::TooLarge { bytes: json.len() });
+    }
+    record::replace(&bundle.spec(), &json).map_err(unwritten)?;
     // Bound here and not by the shim, so that nobody ever waits for a socket to appear.
     let task = listen(&bundle.shim_socket())?;
     let attach = listen(&bundle.attach_socket())?;

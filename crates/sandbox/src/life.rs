@@ -37,13 +37,15 @@ use crate::{
     annotations::Wishes,
     config::Config,
     paths::{Bundle, Id, Paths},
-    record::{Record, Status},
+    record::{Exit, Record, Status},
     stdio::{Plan, Streams, announce, token},
     timings::Stopwatch,
 };
 
 /// How long a guest may take for SIGKILL before its machine is killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// The exit code of processes whose machine failed under them, as containerd has it.
+const LOST: u32 = 255;
 
 /// One sandbox, owned by this process.
 pub struct Sandbox {
@@ -182,9 +184,17 @@ impl Sandbox {
 
     fn guest(&self) -> Result<&Guest, Error> {
         if *self.ended.borrow() != Ended::No {
-            return Err(Error::Ended("its machine is gone".into()));
+            return Err(self.why_ended());
         }
         self.guest.get().ok_or_else(|| Error::State("the container is not created yet".into()))
+    }
+
+    fn why_ended(&self) -> Error {
+        match self.init.state() {
+            State::Exited(Exit { oom: true, .. }) => Error::OutOfMemory,
+            State::Exited(Exit { code: LOST, reason: Some(reason), .. }) => Error::Lost(reason),
+            _ => Error::Ended("its machine is gone".into()),
+        }
     }
 
     fn container(&self) -> &str {

@@ -55,6 +55,9 @@ pub async fn list(registry: &Registry, deadline: Duration) -> Result<Vec<Entry>,
         // A task fails only by a panic of ours, which is no reason to hide the others.
         entries.extend(entry.await.ok().flatten());
     }
+    entries.retain(|entry| {
+        !entry.record.as_ref().is_ok_and(|record| registry.is_leaving(&entry.bundle, record))
+    });
     entries
         .sort_by_key(|entry| std::cmp::Reverse(entry.record.as_ref().map_or(0, |record| record.created_at)));
     Ok(entries)
@@ -108,6 +111,22 @@ mod tests {
 
     use super::*;
     use crate::paths::Paths;
+
+    #[test]
+    fn what_goes_with_its_end_is_not_listed_after_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(&Paths::discover(Some(dir.path())).unwrap()).unwrap();
+        let mut record = Record::new(Id::random(), "brief".into(), vec![]);
+        record.status = Status::Running;
+        record.remove = true;
+        let bundle = registry.create(&mut record).unwrap();
+        let _shim = owner::claim(&bundle).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let listed = || runtime.block_on(list(&registry, DEADLINE)).unwrap().len();
+        assert_eq!(listed(), 1);
+        crate::registry::release_name(&registry.paths().names(), &bundle, "brief");
+        assert_eq!(listed(), 0);
+    }
 
     #[test]
     fn a_stuck_shim_holds_nobody_up() {

@@ -126,6 +126,11 @@ impl Paths {
         self.data.join("templates")
     }
 
+    /// The scratch disk of the sandbox with this short id, while it is on its way to the machine.
+    pub fn scratch_disk(&self, short: &str) -> PathBuf {
+        self.data.join("scratch").join(format!("{short}.img"))
+    }
+
     /// Compiled seccomp filters by hash.
     pub fn seccomp_cache(&self) -> PathBuf {
         self.data.join("seccomp")

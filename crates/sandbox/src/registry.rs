@@ -76,6 +76,11 @@ impl Registry {
         Ok(Self { paths: paths.clone() })
     }
 
+    /// Where things are.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
     /// Makes the bundle directory of a new sandbox, claims its name and writes its first record. An empty name is
     /// replaced by a free one that can be remembered.
     ///
@@ -128,6 +133,11 @@ impl Registry {
     pub fn remove(&self, bundle: &Bundle) -> Result<(), Error> {
         let name = Record::read(bundle).ok().map(|record| record.name);
         remove_bundle(&self.paths.names(), bundle, name.as_deref())
+    }
+
+    /// Whether a sandbox has ended that goes with its end: its shim gives its name away first, and then clears up.
+    pub fn is_leaving(&self, bundle: &Bundle, record: &Record) -> bool {
+        record.remove && !has_name(&self.paths.names().join(&record.name), bundle)
     }
 
     fn lock(&self) -> Result<fs::File, Error> {
@@ -200,9 +210,13 @@ pub(crate) fn remove_bundle(names: &Path, bundle: &Bundle, name: Option<&str>) -
 /// Frees a name, if it is still this bundle's: it may belong to a successor already.
 pub(crate) fn release_name(names: &Path, bundle: &Bundle, name: &str) {
     let link = names.join(name);
-    if fs::read_link(&link).is_ok_and(|target| Some(target.as_os_str()) == bundle.dir().file_name()) {
+    if has_name(&link, bundle) {
         let _ = fs::remove_file(link);
     }
+}
+
+fn has_name(link: &Path, bundle: &Bundle) -> bool {
+    fs::read_link(link).is_ok_and(|target| Some(target.as_os_str()) == bundle.dir().file_name())
 }
 
 #[cfg(test)]

@@ -46,10 +46,10 @@ pub async fn serve(paths: Paths, config: Config, args: Serve, watch: Stopwatch) 
     let attach_socket = listener(args.attach).context("cannot use --attach-fd")?;
     let leash = args.leash.map(connection).transpose().context("cannot use --leash-fd")?;
 
-    let sandbox = match Sandbox::open(paths, config, bundle.clone(), args.id, watch) {
+    let sandbox = match Sandbox::open(paths.clone(), config, bundle.clone(), args.id, watch) {
         Ok(sandbox) => sandbox,
         Err(error) => {
-            record_failure(&bundle, &error.to_string());
+            record_failure(&paths, &bundle, &error.to_string());
             return Err(error.into());
         }
     };
@@ -132,7 +132,7 @@ async fn give_up(sandbox: Arc<Sandbox>, clients: Clients) {
 }
 
 /// What cannot even be read is recorded as ended, so that it is neither started again nor in the way.
-fn record_failure(bundle: &Bundle, reason: &str) {
+fn record_failure(paths: &Paths, bundle: &Bundle, reason: &str) {
     if let Ok(mut record) = Record::read(bundle) {
         record.status = Status::Exited;
         record.exit = Some(Exit { code: 125, at: now(), oom: false, reason: Some(reason.into()) });
@@ -140,7 +140,7 @@ fn record_failure(bundle: &Bundle, reason: &str) {
             tracing::warn!(%error, "cannot keep the record");
         }
     }
-    if let Err(error) = cleanup::resources(bundle) {
+    if let Err(error) = cleanup::resources(paths, bundle) {
         tracing::warn!(%error, "something is left; the next command tries again");
     }
 }

@@ -40,7 +40,8 @@ async fn attach(sandbox: &Sandbox, wanted: Wanted, flags: &Attach) -> Outcome {
     let left = foreground.stay(running, &mut signals).await;
     drop(raw);
     match left? {
-        Left::Exited(code) | Left::GivenUp(code) => Ok(code),
+        Left::Exited(code) => foreground.verdict(code).await,
+        Left::GivenUp(code) => Ok(code),
         Left::Detached => Ok(0),
         Left::ReaderGone => output::die_of_broken_pipe(),
     }

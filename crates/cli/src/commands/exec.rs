@@ -71,7 +71,7 @@ async fn execute(sandbox: &Sandbox, options: &ExecOptions, flags: &Exec) -> Outc
     match left? {
         Left::Exited(code) => {
             forget(&client, exec_id).await;
-            Ok(code)
+            foreground.verdict(code).await
         }
         Left::Detached => Ok(0),
         Left::GivenUp(code) => Ok(code),

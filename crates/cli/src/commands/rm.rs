@@ -88,7 +88,7 @@ async fn clear(host: &Host, bundle: &Bundle) -> Result<(), Failure> {
         }
     }
     if bundle.dir().exists() {
-        kapsel_sandbox::cleanup::resources(bundle)?;
+        kapsel_sandbox::cleanup::resources(&host.paths, bundle)?;
         host.registry()?.remove(bundle)?;
     }
     Ok(())

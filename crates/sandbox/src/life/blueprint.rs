@@ -174,13 +174,16 @@ impl Scratch {
         const MIN: u64 = 8 << 20;
         if !(MIN..=DISK_CAPACITY).contains(&size) {
             let (min, max) = (crate::config::format_size(MIN), crate::config::format_size(DISK_CAPACITY));
-            return Err(Error::Invalid(format!("a storage size must be {min} to {max}")));
+            return Err(Error::Invalid(format!(
+                "a storage size must be {min} to {max}; give such a one with --storage"
+            )));
         }
-        let dir = paths.data().join("scratch");
-        crate::paths::private_dir(&dir).map_err(|e| Error::Resources(e.to_string()))?;
+        let path = paths.scratch_disk(name);
+        let dir = path.parent().unwrap_or(paths.data());
+        crate::paths::private_dir(dir).map_err(|e| Error::Resources(e.to_string()))?;
         let failed =
             |e: io::Error| Error::Resources(format!("cannot make a scratch disk in {}: {e}", dir.display()));
-        let free = rustix::fs::statvfs(&dir).map_err(|e| failed(e.into()))?;
+        let free = rustix::fs::statvfs(dir).map_err(|e| failed(e.into()))?;
         let free = free.f_bavail.saturating_mul(free.f_frsize);
         if free < size {
             let (size, free) =
@@ -190,7 +193,7 @@ impl Scratch {
                 "{dir} has {free} left, too little for {size} of storage; ask for less with --storage"
             )));
         }
-        let scratch = Self { path: dir.join(format!("{name}.img")) };
+        let scratch = Self { path: path.clone() };
         let file = sparse(&scratch.path, DISK_CAPACITY, 0o600).map_err(failed)?;
         format_ext4(&scratch.path, size)?;
         let (uid, gid) = JailIdentity::for_sandbox(name).ids();

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use kapsel_machine::ExitReason;
 
-use super::{Ended, Error, Sandbox, State, lock};
+use super::{Ended, Error, LOST, Sandbox, State, lock};
 use crate::{
     cleanup,
     record::{Exit, Status, now},
@@ -41,7 +41,6 @@ impl Cause {
     /// The exit of processes that had not ended by themselves.
     fn exit(&self, host_oom: bool) -> Exit {
         const KILLED: u32 = 128 + libc::SIGKILL as u32;
-        const LOST: u32 = 255;
         let ended = |code, reason: &str| Exit { code, at: now(), oom: false, reason: Some(reason.into()) };
         match self {
             Self::Exited(_) => ended(KILLED, "the container ended"),
@@ -55,8 +54,8 @@ impl Cause {
             Self::MachineDied(ExitReason::Killed(signal)) => {
                 ended(LOST, &format!("the monitor was killed by signal {signal}"))
             }
-            Self::MachineDied(ExitReason::Panic(console)) => {
-                ended(LOST, &format!("the guest's kernel panicked: {}", console.trim()))
+            Self::MachineDied(ExitReason::Panic(why)) => {
+                ended(LOST, &format!("the guest's kernel panicked: {why}"))
             }
             Self::MachineDied(ExitReason::Shutdown) => ended(LOST, "the guest powered itself off"),
             Self::MachineDied(ExitReason::Error { code, stderr }) => {
@@ -129,13 +128,14 @@ impl Sandbox {
                 record.exit = Some(exit.clone());
             });
         }
+        if removed {
+            // Before anybody is answered: for them it is gone.
+            self.release_name();
+        }
         self.init.set(State::Exited(exit));
         let added: Vec<_> = lock(&self.execs).values().cloned().collect();
         for process in &added {
             process.set(State::Exited(cause.exit(oom)));
-        }
-        if removed {
-            self.release_name();
         }
         // 2. What was printed is delivered, as long as there is somebody who prints.
         if cause.guest_is_well() {
@@ -160,7 +160,7 @@ impl Sandbox {
             process.cut().await;
         }
         // 4. The rest of it on the host.
-        if let Err(error) = cleanup::resources(&self.bundle) {
+        if let Err(error) = cleanup::resources(&self.paths, &self.bundle) {
             tracing::error!(%error, "something of the sandbox is left; the next command tries again");
         } else if removed && let Err(error) = std::fs::remove_dir_all(self.bundle.dir()) {
             tracing::error!(%error, "cannot remove the bundle");
@@ -168,7 +168,7 @@ impl Sandbox {
         self.ended.send_replace(Ended::Done);
     }
 
-    /// Makes the name free for a successor before the machine is gone.
+    /// Makes the name free for a successor before the machine is gone, and hides the sandbox from lists.
     fn release_name(&self) {
         let name = lock(&self.record).name.clone();
         registry::release_name(&self.paths.names(), &self.bundle, &name);
@@ -198,7 +198,7 @@ mod tests {
             (Cause::Killed("leash".into()), false, 137, "leash"),
             (died(ExitReason::Killed(9)), false, 255, "signal 9"),
             (died(ExitReason::Killed(9)), true, 137, "memory limit"),
-            (died(ExitReason::Panic("Oops\n".into())), false, 255, "panicked: Oops"),
+            (died(ExitReason::Panic("Oops".into())), false, 255, "panicked: Oops"),
             (died(ExitReason::Shutdown), false, 255, "powered"),
             (died(ExitReason::Error { code: 1, stderr: "bad disk".into() }), false, 255, "bad disk"),
             (Cause::Broken("fsd died".into()), false, 255, "fsd died"),

@@ -50,10 +50,10 @@ pub enum Error {
     #[error("{0}")]
     Missing(String),
     /// The machine could not be started.
-    #[error("cannot start the sandbox's machine: {0}")]
+    #[error("cannot start the sandbox's machine: {0}; `kapsel doctor` checks what machines need")]
     Machine(#[from] kapsel_machine::Error),
     /// A process of the host could not be confined or started.
-    #[error("cannot start {what}: {reason}")]
+    #[error("cannot start {what}: {reason}; `kapsel doctor` checks what machines need")]
     Helper {
         /// The process.
         what: String,
@@ -87,6 +87,12 @@ pub enum Error {
     /// The sandbox ended meanwhile.
     #[error("the sandbox has ended: {0}")]
     Ended(String),
+    /// The sandbox ended, and not since its container did.
+    #[error("the sandbox was lost: {0}")]
+    Lost(String),
+    /// The container ended since it used up its memory.
+    #[error("the container ran out of memory; give it more with --memory")]
+    OutOfMemory,
 }
 
 impl Error {
@@ -99,13 +105,14 @@ impl Error {
             | Self::Annotation(_)
             | Self::Seccomp(_)
             | Self::Invalid(_) => Code::INVALID_ARGUMENT,
-            Self::Resources(_) => Code::RESOURCE_EXHAUSTED,
+            Self::Resources(_) | Self::OutOfMemory => Code::RESOURCE_EXHAUSTED,
             Self::NotFound(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Self::State(_) | Self::Missing(_) => Code::FAILED_PRECONDITION,
             Self::Guest { code, .. } => *code,
             Self::Timeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Ended(_) => Code::UNAVAILABLE,
+            Self::Lost(_) => Code::ABORTED,
             Self::Stdio(_)
             | Self::Record(_)
             | Self::Machine(_)

@@ -330,12 +330,14 @@ impl Sandbox {
         let machine = lock(&self.host).machine.clone();
         let console = machine.map(|machine| machine.console()).unwrap_or_default();
         let text = String::from_utf8_lossy(&console);
-        let lines: Vec<&str> = text.lines().rev().take(5).collect();
-        let last: Vec<&str> = lines.into_iter().rev().collect();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        // Guest's text: it must neither be long nor look like advice.
+        let last: String = lines[lines.len().saturating_sub(5)..].join(" | ").replace("; ", ", ");
+        let last: String = last.chars().take(1000).collect();
         Error::State(format!(
-            "the sandbox did not start within {} s; raise start_timeout if this host is slow. The console's last lines:\n  {}",
+            "the sandbox did not start within {} s, the console's last lines: {last}; if this host is slow, raise \
+             start_timeout in the configuration",
             deadline.as_secs(),
-            last.join("\n  ")
         ))
     }
 }

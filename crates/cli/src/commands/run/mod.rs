@@ -7,6 +7,8 @@ mod host_root;
 mod image;
 mod notice;
 
+use std::time::Duration;
+
 use kapsel_sandbox::client::{Client, Io, RootfsMount};
 use kapsel_sandbox::config::Isolation;
 use kapsel_sandbox::launch::{self, Sandbox};
@@ -31,6 +33,9 @@ pub use host_root::run as run_on_host_root;
 
 /// Less memory than this no program of an image starts in.
 const LEAST_MEMORY: u64 = 6 << 20;
+
+/// How long a shim may take to clear up and tell that a start has failed.
+const SHIM_TELLS: Duration = Duration::from_secs(10);
 
 /// Everything about a container that is to be.
 struct Plan {
@@ -198,7 +203,9 @@ impl Plan {
         let wanted = self.manner.wanted;
         let io = Io::attached(wanted.stdin, wanted.terminal, true);
         let client = &launched.client;
-        let creating = client.create(&self.rootfs, &io, host.config.start_timeout());
+        // The shim gives up first: it can say why.
+        let deadline = host.config.start_timeout() + SHIM_TELLS;
+        let creating = client.create(&self.rootfs, &io, deadline);
         // The streams are connected while the machine starts; by threads, since connecting blocks.
         let bundle = launched.bundle.clone();
         let detach = self.manner.detach;
@@ -234,7 +241,7 @@ impl Plan {
             trace.print(form);
         }
         match left? {
-            Left::Exited(code) => Ok(code),
+            Left::Exited(code) => foreground.verdict(code).await,
             Left::Detached => {
                 release(launched)?;
                 Ok(0)
