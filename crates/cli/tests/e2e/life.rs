@@ -164,7 +164,7 @@ fn a_signal_that_ends_it_is_in_the_exit_code() {
 #[test]
 fn many_at_once_all_answer_and_none_is_left() {
     let world = world!();
-    let names: Vec<String> = (0..8).map(|n| format!("e2e-many-{n}")).collect();
+    let names: Vec<String> = (0..20).map(|n| format!("e2e-many-{n}")).collect();
     std::thread::scope(|scope| {
         for name in &names {
             scope.spawn(move || world.ok(["run", "-d", "--name", name, "busybox", "sleep", "999"]));

@@ -7,11 +7,12 @@ fn too_much_memory_ends_with_137_and_is_told() {
     let world = world!();
     let name = "e2e-oom";
     let _ = world.run(["rm", "-f", name]);
-    let eat = "a=xxxxxxxxxxxxxxxx; while :; do a=$a$a; done";
-    let ran = world.run(["run", "--name", name, "-m", "48m", "busybox", "sh", "-c", eat]);
+    let eat = ["-m", "48m", "--tmpfs", "/big:size=100m", "busybox", "sh", "-c", "cat /dev/zero > /big/x"];
+    let ran = world.run([&["run", "--name", name][..], &eat].concat());
     assert_eq!(ran.code, 137, "{}", ran.stderr);
     let told = world.inspect(name);
     assert_eq!(told["exit"]["oom"], true, "{told}");
+    assert!(ran.stderr.contains("out of memory") && ran.stderr.contains("--memory"), "{}", ran.stderr);
     assert!(world.ok(["ps", "-a"]).contains("out of memory"));
     world.ok(["rm", name]);
 }
@@ -19,8 +20,9 @@ fn too_much_memory_ends_with_137_and_is_told() {
 #[test]
 fn forks_without_end_hit_the_limit_and_nobody_else() {
     let world = world!();
-    let container =
-        world.container("e2e-forks", &["--pids-limit", "32"], &["sh", "-c", "while :; do sleep 999 & done"]);
+    // The shell ends when it cannot fork; what it left stays, and so does process 1.
+    let bomb = "(while :; do sleep 999 & done); exec sleep 999";
+    let container = world.container("e2e-forks", &["--pids-limit", "32"], &["sh", "-c", bomb]);
     let stats = || -> serde_json::Value {
         serde_json::from_str(&world.ok(["stats", "--no-stream", "--json", container.name])).expect("JSON")
     };
@@ -28,6 +30,7 @@ fn forks_without_end_hit_the_limit_and_nobody_else() {
         stats()[0]["pids"].as_u64().is_some_and(|pids| pids >= 31)
     });
     assert!(stats()[0]["pids"].as_u64().is_some_and(|pids| pids <= 32));
+    assert_eq!(world.ok(["run", "--rm", "busybox", "echo", "another"]), "another\n");
     world.ok(["rm", "-f", container.name]);
 }
 

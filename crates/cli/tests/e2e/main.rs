@@ -1,12 +1,16 @@
 //! End to end: real sandboxes, as a person starts them. Needs root, QEMU, and kapsel's other programs beside `kapsel`
 //! (or in `KAPSEL_BIN_DIR`); without them each test says `skipped: why`.
 
+mod broken;
 mod faults;
 mod files;
 mod life;
 mod limits;
+mod place;
 mod pty;
+mod refused;
 mod run;
 mod streams;
+mod templates;
 mod terminal;
 mod world;

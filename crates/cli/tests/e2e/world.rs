@@ -79,12 +79,13 @@ impl World {
 
     /// Clears away what an earlier, killed run left, imports the image, and makes the template.
     fn prepare(&self, image: &[u8]) {
+        fs::write(self.root.join("config.toml"), "").expect("a configuration");
         let left = self.ok(["ps", "-aq"]);
         let left: Vec<&str> = ["rm", "-f"].into_iter().chain(left.lines()).collect();
         if left.len() > 2 {
             self.ok(left);
         }
-        let tar = self.root.join("busybox.tar");
+        let tar = self.archive();
         fs::write(&tar, image).expect("an archive");
         self.ok([OsStr::new("import"), "busybox".as_ref(), tar.as_os_str(), "--cmd".as_ref(), "sh".as_ref()]);
         let built = self.command(["template", "build"]).output().expect("kapsel starts");
@@ -94,7 +95,9 @@ impl World {
     /// kapsel with arguments, on the shared root, without a terminal and without input.
     pub fn command(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
         let mut command = Command::new(&self.kapsel);
-        command.args(args).env("KAPSEL_ROOT", &self.root).stdin(Stdio::null());
+        // Not what this machine's owner has configured.
+        let config = self.root.join("config.toml");
+        command.args(args).env("KAPSEL_ROOT", &self.root).env("KAPSEL_CONFIG", config).stdin(Stdio::null());
         command
     }
 
@@ -152,9 +155,19 @@ impl World {
         found[0].clone()
     }
 
-    /// The ids of all containers, those that ended too.
-    pub fn ids(&self) -> Vec<String> {
-        self.ok(["ps", "-aq"]).lines().map(str::to_owned).collect()
+    /// The data root.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// One of the programs beside kapsel.
+    pub fn helper(&self, name: &str) -> PathBuf {
+        self.kapsel.with_file_name(name)
+    }
+
+    /// The image as an archive.
+    pub fn archive(&self) -> PathBuf {
+        self.root.join("busybox.tar")
     }
 
     /// Where sandboxes' directories are.
