@@ -5,6 +5,7 @@
 //! data (`results/NAME.svg`).
 
 mod contenders;
+mod image;
 mod memory;
 mod parallel;
 mod report;
@@ -48,14 +49,23 @@ enum What {
     Memory,
     /// Twenty sandboxes started at once
     Parallel,
+    /// A local archive of an image to its EROFS root file system, against tar, umoci and mkfs.erofs
+    Image,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     let wanted = |what| args.what == What::All || args.what == what;
-    let workshop = Workshop::prepare(&args.bin)?;
     std::fs::create_dir_all(&args.out)?;
 
+    if wanted(What::Image) {
+        image::measure(args.runs.div_ceil(4), &args.out)?;
+    }
+    if args.what == What::Image {
+        // The rest needs sandboxes.
+        return Ok(());
+    }
+    let workshop = Workshop::prepare(&args.bin)?;
     if wanted(What::Warm) {
         let warm = report::measure("warm", "run true: start to exit", "runsc", args.runs, workshop.warm()?)?;
         warm.publish(&args.out)?;

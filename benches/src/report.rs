@@ -24,6 +24,9 @@ struct Row {
     max_ms: f64,
     /// This median over the baseline's.
     ratio: Option<f64>,
+    /// Content moved in a second, by the median, where content is what is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    megabytes_per_second: Option<f64>,
     samples_ms: Vec<f64>,
 }
 
@@ -65,6 +68,7 @@ pub fn measure(
             min_ms: samples.iter().copied().fold(f64::INFINITY, f64::min),
             max_ms: samples.iter().copied().fold(0.0, f64::max),
             ratio: base.map(|base| median(&samples) / base),
+            megabytes_per_second: None,
             samples_ms: samples,
         })
         .collect();
@@ -99,14 +103,24 @@ pub fn write_json(out: &Path, name: &str, value: &impl Serialize) -> Result<()> 
 }
 
 impl Report {
+    /// Each run moved this many bytes of content: the report also tells how fast.
+    pub fn moving(mut self, bytes: u64) -> Self {
+        for row in &mut self.rows {
+            row.megabytes_per_second = Some(bytes as f64 / 1e3 / row.median_ms);
+        }
+        self
+    }
+
     /// Prints the table and writes `NAME.json` and `NAME.svg`.
     pub fn publish(&self, out: &Path) -> Result<()> {
         println!("\n{} ({})", self.title, self.machine);
-        println!("{:<24} {:>10} {:>10} {:>10} {:>8}", "", "median ms", "min", "max", "ratio");
+        println!("{:<28} {:>10} {:>10} {:>10} {:>8}", "", "median ms", "min", "max", "ratio");
         for row in &self.rows {
             let ratio = row.ratio.map_or_else(|| "-".into(), |r| format!("{r:.2}"));
+            let speed =
+                row.megabytes_per_second.map_or_else(String::new, |speed| format!("  {speed:.0} MB/s"));
             println!(
-                "{:<24} {:>10.1} {:>10.1} {:>10.1} {:>8}",
+                "{:<28} {:>10.1} {:>10.1} {:>10.1} {:>8}{speed}",
                 row.name, row.median_ms, row.min_ms, row.max_ms, ratio
             );
         }

@@ -1,7 +1,8 @@
-//! Layers as streams of tar: decompressed and hashed in a thread of their own.
+//! Layers as streams of tar, read and decompressed in a thread of their own.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
@@ -56,7 +57,10 @@ pub(crate) struct Decoder {
     label: String,
     pieces: Receiver<Vec<u8>>,
     recycle: Sender<Vec<u8>>,
-    thread: Option<JoinHandle<Result<Digest>>>,
+    thread: Option<JoinHandle<Result<Option<Digest>>>>,
+    /// Where this side hashes. That of two threads does it which has less to do: the other one while it only reads,
+    /// and this one while the other decompresses, which takes as long as all the rest.
+    hasher: Option<Hasher>,
     digest: Option<Digest>,
     current: Vec<u8>,
     consumed: usize,
@@ -67,7 +71,17 @@ impl Decoder {
     pub(crate) fn start(file: File, stored: u64, label: &str, limits: &Limits) -> Result<Decoder> {
         let (sender, pieces) = sync_channel(PIECES);
         let (recycle, recycled) = channel();
-        let producer = Producer { sender, recycled, label: label.to_owned(), stored, limits: limits.clone() };
+        let compression = detect(&file).map_err(|error| Error::malformed(label, error))?;
+        let compressed = compression != Compression::None;
+        let producer = Producer {
+            sender,
+            recycled,
+            label: label.to_owned(),
+            stored,
+            limits: limits.clone(),
+            compression,
+            hasher: (!compressed).then(Hasher::default),
+        };
         let thread = std::thread::Builder::new().name("decode".into()).spawn(move || producer.run(file));
         let thread = thread.map_err(|source| Error::Io {
             action: "start a thread to decode",
@@ -79,6 +93,7 @@ impl Decoder {
             pieces,
             recycle,
             thread: Some(thread),
+            hasher: compressed.then(Hasher::default),
             digest: None,
             current: Vec::new(),
             consumed: 0,
@@ -97,6 +112,9 @@ impl BufRead for Decoder {
             self.consumed = 0;
             match self.pieces.recv() {
                 Ok(piece) => {
+                    if let Some(hasher) = &mut self.hasher {
+                        hasher.update(&piece);
+                    }
                     let used = std::mem::replace(&mut self.current, piece);
                     // The thread may have ended already, having read everything.
                     let _ = self.recycle.send(used);
@@ -107,7 +125,8 @@ impl BufRead for Decoder {
                         let result = thread.join().unwrap_or_else(|_| {
                             Err(Error::malformed(self.label.clone(), "its decoder failed unexpectedly"))
                         });
-                        self.digest = Some(result.map_err(io::Error::other)?);
+                        let theirs = result.map_err(io::Error::other)?;
+                        self.digest = theirs.or(self.hasher.take().map(Hasher::finish));
                     }
                 }
             }
@@ -136,19 +155,17 @@ struct Producer {
     label: String,
     stored: u64,
     limits: Limits,
+    compression: Compression,
+    hasher: Option<Hasher>,
 }
 
 impl Producer {
-    fn run(self, file: File) -> Result<Digest> {
-        let mut input = BufReader::with_capacity(PIECE, file);
-        let failed = |error: io::Error| Error::malformed(self.label.clone(), error);
-        let compression = Compression::detect(input.fill_buf().map_err(failed)?);
-        let mut reader = match compression {
-            // Large reads pass through the `BufReader` without a copy.
-            Compression::None => Box::new(input),
-            _ => compression.reader(input).map_err(failed)?,
-        };
-        let mut hasher = Hasher::default();
+    fn run(mut self, file: File) -> Result<Option<Digest>> {
+        // Large reads pass through it without a copy.
+        let input = BufReader::with_capacity(PIECE, file);
+        let label = self.label.clone();
+        let failed = |error: io::Error| Error::malformed(label.clone(), error);
+        let mut reader = self.compression.reader(input).map_err(failed)?;
         let mut total = 0;
         loop {
             let mut piece = self.recycled.try_recv().unwrap_or_default();
@@ -157,10 +174,12 @@ impl Producer {
             piece.truncate(length);
             total += length as u64;
             self.check(total)?;
-            hasher.update(&piece);
+            if let Some(hasher) = &mut self.hasher {
+                hasher.update(&piece);
+            }
             // When nobody listens any more, the layer has been refused.
             if length == 0 || self.sender.send(piece).is_err() {
-                return Ok(hasher.finish());
+                return Ok(self.hasher.map(Hasher::finish));
             }
         }
     }
@@ -177,6 +196,13 @@ impl Producer {
         }
         Ok(())
     }
+}
+
+/// How a file is compressed. Does not move its position.
+fn detect(file: &File) -> io::Result<Compression> {
+    let mut prefix = [0; Compression::PREFIX];
+    let length = file.read_at(&mut prefix, 0)?;
+    Ok(Compression::detect(&prefix[..length]))
 }
 
 /// Reads until `buffer` is full or the input ends.

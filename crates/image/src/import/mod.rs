@@ -13,10 +13,11 @@ use archive::Archive;
 pub(crate) use oci::no_platform;
 
 use crate::decode::{Compression, Decoder};
+use crate::digest::Hasher;
 use crate::error::{IoContext, Result};
 use crate::options::{ImportOptions, Source};
 use crate::progress::Phase;
-use crate::store::{Image, Store, TempFile, copy_hashed};
+use crate::store::{Image, Limit, Store, TempFile, copy};
 use crate::{Digest, Error, Progress};
 
 /// Imports what `source` has. Blobs that the images need are protected from collection until all is done.
@@ -77,8 +78,8 @@ impl Import<'_> {
             return self.tar(Tar::File(file), &what);
         }
         let mut decoder = Decoder::start(file, size, &what, self.store.limits())?;
-        let tar = self.spool(&mut decoder, &what)?;
-        self.tar(tar, &what)
+        let (copy, size) = self.spool(&mut decoder, &what, &mut |_| {})?;
+        self.tar(Tar::Copy(copy, decoder.digest()?, size), &what)
     }
 
     fn stream(&self, reader: &mut (dyn Read + Send), what: &str) -> Result<Vec<Image>> {
@@ -86,19 +87,27 @@ impl Import<'_> {
         let failed = |error| Error::malformed(what, error);
         let compression = Compression::detect(input.fill_buf().map_err(failed)?);
         let mut decoded = compression.reader(input).map_err(failed)?;
-        let tar = self.spool(&mut decoded, what)?;
-        self.tar(tar, what)
+        let mut hasher = Hasher::default();
+        let (copy, size) = self.spool(&mut decoded, what, &mut |data| hasher.update(data))?;
+        self.tar(Tar::Copy(copy, hasher.finish(), size), what)
     }
 
-    /// Copies an uncompressed stream to a temporary file, so that it can be read in any order.
-    fn spool(&self, input: &mut dyn Read, what: &str) -> Result<Tar> {
+    /// Copies an uncompressed stream to a temporary file, so that it can be read in any order; returns its size too.
+    fn spool(
+        &self,
+        input: &mut dyn Read,
+        what: &str,
+        on_data: &mut dyn FnMut(&[u8]),
+    ) -> Result<(TempFile, u64)> {
         let temporary = TempFile::new(&self.store.layout().temporary())?;
         let mut item = self.progress.start(Phase::Import, &file_label(what), None);
-        let limit = self.store.limits().blob_size;
-        let (digest, size) =
-            copy_hashed(input, &temporary, what, limit, false, &mut |bytes| item.advance(bytes))?;
+        let limit = Limit::AtMost(self.store.limits().blob_size);
+        let size = copy(input, &temporary, what, limit, &mut |data| {
+            on_data(data);
+            item.advance(data.len() as u64);
+        })?;
         item.done();
-        Ok(Tar::Copy(temporary, digest, size))
+        Ok((temporary, size))
     }
 
     /// Finds out what kind of tar it is.

@@ -77,12 +77,14 @@ impl Blobs {
         on_bytes: &mut dyn FnMut(u64),
     ) -> Result<(Digest, u64)> {
         let temporary = TempFile::new(&self.layout.temporary())?;
-        let limit = announced.map_or(self.limits.blob_size, |(_, size)| size);
-        let (digest, size) = copy_hashed(input, &temporary, what, limit, announced.is_some(), on_bytes)?;
-        if let Some((expected, expected_size)) = announced {
-            if size != expected_size {
-                return Err(Error::SizeMismatch { what: what.into(), expected: expected_size, actual: size });
-            }
+        let mut hasher = Hasher::default();
+        let limit = announced.map_or(Limit::AtMost(self.limits.blob_size), |(_, size)| Limit::Exactly(size));
+        let size = copy(input, &temporary, what, limit, &mut |data| {
+            hasher.update(data);
+            on_bytes(data.len() as u64);
+        })?;
+        let digest = hasher.finish();
+        if let Some((expected, _)) = announced {
             verify(what, &expected, &digest)?;
         }
         self.adopt(temporary, &digest)?;
@@ -116,21 +118,27 @@ impl Blobs {
     }
 }
 
-/// Copies at most `limit` bytes from `input` to a temporary file, and returns their digest and number.
-pub(crate) fn copy_hashed(
+/// How many bytes there may be.
+#[derive(Clone, Copy)]
+pub(crate) enum Limit {
+    /// As many as were announced.
+    Exactly(u64),
+    /// The limit on blobs.
+    AtMost(u64),
+}
+
+/// Copies `input` to a temporary file, shows each piece to `on_data`, and returns how many bytes there were.
+pub(crate) fn copy(
     input: &mut dyn Read,
     output: &TempFile,
     what: &str,
-    limit: u64,
-    announced: bool,
-    on_bytes: &mut dyn FnMut(u64),
-) -> Result<(Digest, u64)> {
-    let mut hasher = Hasher::default();
+    limit: Limit,
+    on_data: &mut dyn FnMut(&[u8]),
+) -> Result<u64> {
     let mut buffer = vec![0; 256 << 10];
     let mut size = 0u64;
     loop {
         let length = match input.read(&mut buffer) {
-            Ok(0) => return Ok((hasher.finish(), size)),
             Ok(length) => length,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(error) => {
@@ -138,17 +146,19 @@ pub(crate) fn copy_hashed(
             }
         };
         size += length as u64;
-        if size > limit {
-            return Err(if announced {
-                Error::SizeMismatch { what: what.into(), expected: limit, actual: size }
-            } else {
-                Error::limit(format!("{what}, larger than {limit} bytes,"), "blob_size", limit)
-            });
+        match limit {
+            Limit::Exactly(expected) if size > expected || length == 0 && size < expected => {
+                return Err(Error::SizeMismatch { what: what.into(), expected, actual: size });
+            }
+            Limit::AtMost(limit) if size > limit => {
+                return Err(Error::limit(format!("{what}, larger than {limit} bytes,"), "blob_size", limit));
+            }
+            _ if length == 0 => return Ok(size),
+            _ => {}
         }
-        hasher.update(&buffer[..length]);
         let mut file = &output.file;
         file.write_all(&buffer[..length]).context("write", output.path())?;
-        on_bytes(length as u64);
+        on_data(&buffer[..length]);
     }
 }
 

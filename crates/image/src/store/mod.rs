@@ -11,7 +11,7 @@ use std::time::Duration;
 use oci_spec::image::Descriptor;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use blobs::{Blobs, copy_hashed, parse, parse_manifest, verify};
+pub(crate) use blobs::{Blobs, Limit, copy, parse, parse_manifest, verify};
 pub(crate) use files::{
     Claim, Claimed, LOCK_POLL, Layout, Lock, LockMode, TempFile, read_bounded, read_small, remove_file,
 };
