@@ -34,7 +34,8 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// Generous for real images (the largest public ones have about a million entries), tight for bombs.
+    /// Generous for real images (the largest public ones have about a million entries), tight for bombs: the tree of
+    /// the worst image takes less than 1 GB of memory, some 200 bytes an entry and its names.
     fn default() -> Limits {
         Limits {
             document_size: 4 << 20,
@@ -43,13 +44,13 @@ impl Default for Limits {
             layer_size: 64 << 30,
             ratio: 1100,
             ratio_floor: 1 << 30,
-            entries: 4_000_000,
+            entries: 2_000_000,
             path_length: 4096,
             path_depth: 1024,
             file_size: 32 << 30,
             sparse_segments: 1 << 18,
             xattr_size: 64 << 10,
-            metadata_size: 1 << 30,
+            metadata_size: 256 << 20,
         }
     }
 }
