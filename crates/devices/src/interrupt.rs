@@ -47,7 +47,7 @@ impl Interrupt {
         self.status.fetch_and(!reasons, Ordering::SeqCst);
     }
 
-    fn raise(&self, reason: u32) {
+    pub(crate) fn raise(&self, reason: u32) {
         self.status.fetch_or(reason, Ordering::SeqCst);
         // The event's counter is full only when nobody consumed 2^64-2 earlier interrupts, so one is pending anyway.
         if let Err(error) = self.line.write(1) {

@@ -20,6 +20,7 @@ pub mod net;
 pub mod queue;
 pub mod rate;
 pub mod rng;
+pub mod state;
 pub mod timer;
 pub mod vsock;
 
@@ -30,7 +31,8 @@ use std::os::fd::BorrowedFd;
 
 use calls::SystemCalls;
 pub use interrupt::Interrupt;
-use queue::{Queue, QueueError};
+use queue::{Position, Queue, QueueError};
+use state::{Reader, StateError, Writer};
 
 /// The guest's memory.
 pub type Memory = vm_memory::GuestMemoryMmap<()>;
@@ -113,6 +115,20 @@ pub trait Device: Send {
 
     /// Forgets the queues and everything that belongs to the driver's session. Nothing touches guest memory afterwards.
     fn reset(&mut self);
+
+    /// Where the device's queues stand, by their numbers.
+    fn positions(&self) -> Vec<Option<Position>>;
+
+    /// Adds state to a snapshot that is in neither the configuration nor the queues. Most devices have none.
+    fn save(&self, _writer: &mut Writer) {}
+
+    /// Takes up what was saved, after [`Device::activate`] if the device was active.
+    ///
+    /// # Errors
+    /// [`StateError`]; the device is of no use any more then.
+    fn restore(&mut self, _reader: &mut Reader<'_>) -> Result<(), StateError> {
+        Ok(())
+    }
 
     /// Descriptors that make the device work when they are readable. They are watched, level-triggered, during the
     /// device's whole life; a device with many of its own gives one that stands for all (epoll).

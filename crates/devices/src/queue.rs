@@ -105,7 +105,7 @@ fn check(
 }
 
 /// Where a queue stands, for a snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Position {
     /// The next entry of the available ring that the device will read.
     pub next_available: u16,
@@ -236,6 +236,18 @@ impl Queue {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
     head: u16,
+}
+
+impl Request {
+    /// What identifies it in its queue.
+    pub(crate) fn head(self) -> u16 {
+        self.head
+    }
+
+    /// A request of which nothing is known but its head. A head that its queue does not have is found when it is used.
+    pub(crate) fn of(head: u16) -> Self {
+        Request { head }
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use crate::calls::{SystemCall, SystemCalls, any};
 use crate::chain::Chain;
-use crate::queue::{Queue, QueueError};
+use crate::queue::{Position, Queue, QueueError};
 use crate::{Activation, Device, Event, Kind, Metric};
 
 /// A request is given at most this much, in bytes; a driver that wants more asks again.
@@ -53,6 +53,10 @@ impl Device for Rng {
 
     fn system_calls(&self) -> SystemCalls {
         SystemCalls { events: CALLS, registers: &[] }
+    }
+
+    fn positions(&self) -> Vec<Option<Position>> {
+        vec![self.queue.as_ref().map(Queue::position)]
     }
 
     fn metrics(&self) -> Vec<Metric> {

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kapsel_devices::mmio::{Transport, register};
+use kapsel_devices::state::{Reader, StateError};
 use kapsel_devices::{Device, Memory, balloon, block, net, rng, vsock};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::boot_timer::BootTimer;
@@ -18,11 +19,12 @@ use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
 use crate::keyboard::Keyboard;
-use crate::machine::{Handles, Machine};
+use crate::machine::{Handles, Hardware, Machine};
 use crate::memory;
+use crate::snapshot::{self, format::State};
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
-use crate::x86::{boot, cpuid, layout, processor};
+use crate::x86::{self, boot, cpuid, layout, processor};
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +65,12 @@ pub enum Error {
     /// A thread's filter.
     #[error(transparent)]
     Confine(#[from] confine::Error),
+    /// KVM does not tell what there is to save.
+    #[error(transparent)]
+    State(#[from] x86::state::Error),
+    /// The serial port's saved state.
+    #[error(transparent)]
+    Console(#[from] StateError),
     /// A disk.
     #[error(transparent)]
     Block(#[from] block::Error),
@@ -92,37 +100,128 @@ pub fn build(
     surroundings: &Surroundings,
 ) -> Result<Machine, Error> {
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
-    let kvm = open_kvm()?;
     let memory = memory::allocate(config.machine_config.mem_size_mib, config.machine_config.huge_pages)?;
-    let vm = create_vm(&kvm, &memory)?;
+    let console = |line, drained| Ok(Console::new(line, drained, output));
+    let parts = Parts::assemble(config, memory, console, surroundings)?;
 
-    let (console, drained) = create_console(&vm, output)?;
-    let Slots { slots, places, handles, .. } = create_devices(&vm, &memory, config)?;
-    let calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
-    let stop = Stop::new(event()?);
-    let bus = Arc::new(Bus {
-        console: Mutex::new(console),
-        keyboard: Mutex::new(Keyboard::new(line(&vm, layout::KEYBOARD_GSI)?)),
-        boot_timer: surroundings.boot_timer,
-        slots,
-        stop,
-        exits: Exits::default(),
-    });
-
-    let kernel = kernel::load(&memory, &boot_source.kernel_image_path)?;
+    let memory = &parts.memory;
+    let kernel = kernel::load(memory, &boot_source.kernel_image_path)?;
     let initrd = boot_source.initrd_path.as_deref();
-    let initrd = initrd.map(|path| kernel::load_initrd(&memory, &kernel, path)).transpose()?;
-    boot::describe(&memory, &kernel, initrd, &config.command_line())?;
-    acpi::write(&memory, config.machine_config.vcpu_count, &places)?;
+    let initrd = initrd.map(|path| kernel::load_initrd(memory, &kernel, path)).transpose()?;
+    boot::describe(memory, &kernel, initrd, &config.command_line())?;
+    acpi::write(memory, config.machine_config.vcpu_count, &parts.places)?;
+    write_generation(memory)?;
 
-    let vcpus = create_processors(&kvm, &vm, config.machine_config.vcpu_count)?;
-    if let Some(first) = vcpus.first() {
-        processor::point_at(first, &memory, &kernel)?;
+    describe_processors(&parts.kvm, &parts.vcpus)?;
+    if let Some(first) = parts.vcpus.first() {
+        processor::point_at(first, memory, &kernel)?;
     }
-    let (calls, policy) = (confine::machine(&calls), &surroundings.policy);
-    let processors = Processors::start(vcpus, &bus, &policy.filter(Thread::Processor, &calls.processor)?)?;
-    let filter = policy.filter(Thread::EventLoop, &calls.event_loop)?;
-    Ok(Machine::new(processors, bus, handles, drained, filter, vm, memory)?)
+    parts.start(surroundings)
+}
+
+/// Builds a machine that goes on where another one was saved. It waits to be resumed.
+///
+/// # Errors
+/// [`snapshot::Error`]; as for [`build`].
+pub fn restore(
+    load: &snapshot::Load,
+    output: Box<dyn io::Write + Send>,
+    surroundings: &Surroundings,
+) -> Result<(Config, Machine), snapshot::Error> {
+    let state = State::read(&load.snapshot_path)?;
+    let mut sections = state.sections();
+    let mut config = Config::parse(sections.take("config")?)?;
+    load.apply(&mut config)?;
+    let machine_state = sections.take("machine")?;
+    let cpus: Vec<_> =
+        (0..config.machine_config.vcpu_count).map(|_| sections.take("cpu")).collect::<Result<_, _>>()?;
+    let console_state = sections.take("console")?;
+    let keyboard_state = sections.take("keyboard")?;
+
+    let memory = snapshot::memory::load(config.machine_config.mem_size_mib, load.memory()?)?;
+    let built = |error: Error| snapshot::Error::from(Box::new(error));
+    let console = |line, drained| Ok(Console::restored(line, drained, output, console_state)?);
+    let parts = Parts::assemble(&config, memory, console, surroundings).map_err(built)?;
+    lock(&parts.bus.keyboard).restore(keyboard_state)?;
+    for (vcpu, state) in parts.vcpus.iter().zip(cpus) {
+        x86::state::restore_processor(vcpu, state)?;
+    }
+    x86::state::restore_machine(&parts.vm, machine_state)?;
+    // Only now: interrupts that devices raise as they go on would be lost with the controllers' earlier state.
+    for slot in &parts.bus.slots {
+        let mut reader = Reader::new(sections.take("device")?);
+        lock(slot).restore(&mut reader)?;
+        reader.finish()?;
+    }
+    sections.finish()?;
+    write_generation(&parts.memory).map_err(built)?;
+    // Its driver learns that the random numbers of this machine are not its own any more.
+    line(&parts.vm, layout::GENERATION_GSI).and_then(|line| Ok(line.write(1)?)).map_err(built)?;
+    Ok((config, parts.start(surroundings).map_err(built)?))
+}
+
+/// Hardware: all that is the same in a machine that boots and in one that goes on.
+struct Parts {
+    kvm: Kvm,
+    bus: Arc<Bus>,
+    places: Vec<Place>,
+    handles: Handles,
+    calls: confine::Machine,
+    drained: EventFd,
+    vcpus: Vec<VcpuFd>,
+    vm: VmFd,
+    memory: Memory,
+}
+
+impl Parts {
+    /// `console` makes the serial port from its interrupt and the event of its empty buffer.
+    fn assemble(
+        config: &Config,
+        memory: Memory,
+        console: impl FnOnce(EventFd, EventFd) -> Result<Console, Error>,
+        surroundings: &Surroundings,
+    ) -> Result<Self, Error> {
+        let kvm = open_kvm()?;
+        let vm = create_vm(&kvm, &memory)?;
+        let drained = event()?;
+        let console = console(line(&vm, layout::SERIAL_GSI)?, drained.try_clone()?)?;
+        let Slots { slots, places, handles, .. } = create_devices(&vm, &memory, config)?;
+        let calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
+        let bus = Arc::new(Bus {
+            console: Mutex::new(console),
+            keyboard: Mutex::new(Keyboard::new(line(&vm, layout::KEYBOARD_GSI)?)),
+            boot_timer: surroundings.boot_timer,
+            slots,
+            stop: Stop::new(event()?),
+            exits: Exits::default(),
+        });
+        let vcpus = (0..config.machine_config.vcpu_count)
+            .map(|cpu| vm.create_vcpu(cpu.into()).map_err(|e| Error::Kvm("create a processor", e)))
+            .collect::<Result<_, _>>()?;
+        let calls = confine::machine(&calls);
+        Ok(Parts { kvm, bus, places, handles, calls, drained, vcpus, vm, memory })
+    }
+
+    /// Gives each processor its thread. They wait.
+    fn start(self, surroundings: &Surroundings) -> Result<Machine, Error> {
+        let policy = &surroundings.policy;
+        let msrs = x86::state::msr_indices(&self.kvm)?;
+        let filter = policy.filter(Thread::Processor, &self.calls.processor)?;
+        let processors = Processors::start(self.vcpus, &self.bus, &filter)?;
+        let filter = policy.filter(Thread::EventLoop, &self.calls.event_loop)?;
+        let hardware = Hardware { msrs, vm: self.vm, memory: self.memory };
+        Ok(Machine::new(processors, self.bus, self.handles, self.drained, filter, hardware)?)
+    }
+}
+
+/// Another one each time.
+fn write_generation(memory: &Memory) -> Result<(), Error> {
+    let mut generation = [0; layout::GENERATION_SIZE];
+    // So few bytes always come at once.
+    rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())
+        .map_err(io::Error::from)?;
+    let written = memory.write_slice(&generation, GuestAddress(layout::GENERATION));
+    written.map_err(|error| Error::Host(io::Error::other(error)))
 }
 
 fn open_kvm() -> Result<Kvm, Error> {
@@ -155,11 +254,6 @@ fn create_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd, Error> {
         unsafe { vm.set_user_memory_region(region) }.map_err(|e| Error::Kvm("take the guest's memory", e))?;
     }
     Ok(vm)
-}
-
-fn create_console(vm: &VmFd, output: Box<dyn io::Write + Send>) -> Result<(Console, EventFd), Error> {
-    let drained = event()?;
-    Ok((Console::new(line(vm, layout::SERIAL_GSI)?, drained.try_clone()?, output), drained))
 }
 
 /// An event that KVM turns into an interrupt.
@@ -246,19 +340,17 @@ impl Slots<'_> {
     }
 }
 
-fn create_processors(kvm: &Kvm, vm: &VmFd, cpus: u8) -> Result<Vec<VcpuFd>, Error> {
+fn describe_processors(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), Error> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|e| Error::Kvm("describe the processor", e))?;
-    (0..cpus)
-        .map(|cpu| {
-            let vcpu = vm.create_vcpu(u64::from(cpu)).map_err(|e| Error::Kvm("create a processor", e))?;
-            let answers = cpuid::for_processor(&supported, cpuid::Position { cpu, cpus });
-            vcpu.set_cpuid2(&answers).map_err(|e| Error::Kvm("take a processor's description", e))?;
-            processor::configure(&vcpu)?;
-            Ok(vcpu)
-        })
-        .collect()
+    for (cpu, vcpu) in vcpus.iter().enumerate() {
+        let position = cpuid::Position { cpu: cpu as u8, cpus: vcpus.len() as u8 };
+        let answers = cpuid::for_processor(&supported, position);
+        vcpu.set_cpuid2(&answers).map_err(|e| Error::Kvm("take a processor's description", e))?;
+        processor::configure(vcpu)?;
+    }
+    Ok(())
 }
 
 fn event() -> io::Result<EventFd> {

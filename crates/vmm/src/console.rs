@@ -2,7 +2,8 @@
 
 use std::io::{self, Write};
 
-use vm_superio::serial::SerialEvents;
+use kapsel_devices::state::{Reader, StateError, Writer};
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +38,54 @@ impl Console {
     /// A port with the interrupt `line`, which signals `drained` when there is room for all of its input again.
     pub fn new(line: EventFd, drained: EventFd, output: Box<dyn Write + Send>) -> Self {
         Console(Serial::with_events(Line(line), Drained(drained), output))
+    }
+
+    /// A port that goes on where another one was saved.
+    ///
+    /// # Errors
+    /// When that is not a port's state.
+    pub fn restored(
+        line: EventFd,
+        drained: EventFd,
+        output: Box<dyn Write + Send>,
+        state: &[u8],
+    ) -> Result<Self, StateError> {
+        let mut reader = Reader::new(state);
+        let state = SerialState {
+            baud_divisor_low: reader.u8()?,
+            baud_divisor_high: reader.u8()?,
+            interrupt_enable: reader.u8()?,
+            interrupt_identification: reader.u8()?,
+            line_control: reader.u8()?,
+            line_status: reader.u8()?,
+            modem_control: reader.u8()?,
+            modem_status: reader.u8()?,
+            scratch: reader.u8()?,
+            in_buffer: reader.bytes()?.to_vec(),
+        };
+        reader.finish()?;
+        let serial = Serial::from_state(&state, Line(line), Drained(drained), output);
+        serial.map(Console).map_err(|_| StateError::Invalid("the serial port"))
+    }
+
+    /// Where the port stands.
+    pub fn save(&self) -> Vec<u8> {
+        let (state, mut writer) = (self.0.state(), Writer::default());
+        for register in [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ] {
+            writer.u8(register);
+        }
+        writer.bytes(&state.in_buffer);
+        writer.finish()
     }
 
     /// The guest reads a register.

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use kapsel_devices::state::{Reader, StateError, Writer};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Bits of the status register.
@@ -67,6 +68,31 @@ impl Keyboard {
     /// A keyboard with this interrupt.
     pub fn new(line: EventFd) -> Self {
         Keyboard { line, control: INTERRUPT | PASSED, pending: None, bytes: VecDeque::new() }
+    }
+
+    /// Goes on where another one was saved.
+    ///
+    /// # Errors
+    /// When that is not a keyboard's state.
+    pub fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let mut reader = Reader::new(state);
+        self.control = reader.u8()?;
+        self.pending = Some(reader.u8()?).filter(|command| *command != 0);
+        self.bytes = reader.bytes()?.iter().copied().collect();
+        if self.bytes.len() > BYTES_MAX {
+            return Err(StateError::Invalid("the keyboard has too many bytes"));
+        }
+        reader.finish()
+    }
+
+    /// Where it stands.
+    pub fn save(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        writer.u8(self.control);
+        // No command is zero.
+        writer.u8(self.pending.unwrap_or(0));
+        writer.bytes(&self.bytes.iter().copied().collect::<Vec<u8>>());
+        writer.finish()
     }
 
     /// Presses and releases the keys. False when the guest has not read what was there before.

@@ -16,5 +16,6 @@ pub mod mac;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod snapshot;
 mod vcpu;
 pub mod x86;

@@ -11,6 +11,7 @@ use kapsel_devices::block::{self, Block};
 use kapsel_devices::mmio::Transport;
 use kapsel_devices::net::Net;
 use kapsel_devices::rate::Limits;
+use kapsel_devices::state::Writer;
 use kapsel_devices::timer::Timer;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
@@ -18,10 +19,13 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::api::Server;
 use crate::api::control::Running;
 use crate::bus::{Bus, lock};
+use crate::config::Config;
 use crate::confine::Filter;
 use crate::events::{Events, Source};
 use crate::metrics::{self, Metrics};
+use crate::snapshot::{self, format::Sections};
 use crate::vcpu::Processors;
+use crate::x86::state;
 
 pub use crate::bus::{End, Exits};
 
@@ -65,8 +69,15 @@ pub struct Machine {
     filter: Filter,
     metrics: Metrics,
     flush: Timer,
-    _vm: VmFd,
-    _memory: kapsel_devices::Memory,
+    hardware: Hardware,
+}
+
+/// What the processors run on.
+pub(crate) struct Hardware {
+    /// The registers that a processor is saved with.
+    pub msrs: Vec<u32>,
+    pub vm: VmFd,
+    pub memory: kapsel_devices::Memory,
 }
 
 /// What is typed.
@@ -83,8 +94,7 @@ impl Machine {
         handles: Handles,
         drained: EventFd,
         filter: Filter,
-        vm: VmFd,
-        memory: kapsel_devices::Memory,
+        hardware: Hardware,
     ) -> io::Result<Self> {
         let mut events = Events::new()?;
         events.watch_event(bus.stop.event(), Source::Stop)?;
@@ -109,8 +119,7 @@ impl Machine {
             filter,
             metrics: Metrics::default(),
             flush,
-            _vm: vm,
-            _memory: memory,
+            hardware,
         };
         machine.watch_input(drained)?;
         Ok(machine)
@@ -225,13 +234,36 @@ impl Machine {
         }
     }
 
-    /// Runs the machine until it ends. The calling thread is confined to what a running machine needs, for good.
+    /// Saves the machine, which is made as `config` says. It has to be held.
+    ///
+    /// # Errors
+    /// [`snapshot::Error`]; the machine goes on all the same, and the files are of no use.
+    pub fn save(&self, config: &Config, to: &snapshot::Create) -> Result<(), snapshot::Error> {
+        let mut sections = Sections::default();
+        // Configurations are strings and numbers, which JSON always has.
+        sections.add("config", &serde_json::to_vec(config).unwrap_or_default());
+        sections.add("machine", &state::save_machine(&self.hardware.vm)?);
+        for cpu in self.processors.each(|vcpu| state::save_processor(vcpu, &self.hardware.msrs))? {
+            sections.add("cpu", &cpu);
+        }
+        sections.add("console", &lock(&self.bus.console).save());
+        sections.add("keyboard", &lock(&self.bus.keyboard).save());
+        for slot in &self.bus.slots {
+            let mut writer = Writer::default();
+            lock(slot).save(&mut writer);
+            sections.add("device", &writer.finish());
+        }
+        snapshot::memory::save(&self.hardware.memory, &to.mem_file_path)?;
+        // Last: without it the memory is of no use to anybody.
+        sections.write(&to.snapshot_path)
+    }
+
+    /// Runs the machine until it ends, once it is resumed. The calling thread is confined to what a running machine needs, for good.
     ///
     /// # Errors
     /// When the thread cannot be confined or the event loop cannot wait.
     pub fn run(&mut self) -> io::Result<End> {
         self.filter.apply().map_err(io::Error::other)?;
-        self.processors.resume();
         loop {
             for source in self.events.wait()? {
                 self.handle(source)?;

@@ -9,14 +9,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kapsel_vmm::api::Server;
-use kapsel_vmm::api::control::{Answer, Next, PreBoot};
+use kapsel_vmm::api::control::{Answer, Builder, Next, PreBoot};
 use kapsel_vmm::boot_timer::{BootTimer, processor_time};
 use kapsel_vmm::builder::{self, Surroundings};
 use kapsel_vmm::config::Config;
 use kapsel_vmm::confine::{self, Policy, Thread};
 use kapsel_vmm::machine::{End, Machine};
 use kapsel_vmm::metrics::{Metrics, Startup};
-use kapsel_vmm::{log, metrics};
+use kapsel_vmm::{log, metrics, snapshot};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Run one microVM. Its serial console is the standard input and output; the exit status is 0 when the guest powers itself
@@ -135,19 +135,18 @@ fn main() -> Result<ExitCode> {
     let filter = surroundings.policy.filter(Thread::Api, &confine::api())?;
     let server = (!options.no_api).then(|| Server::start(&options.api_sock, filter)).transpose();
     let server = server.with_context(|| format!("cannot listen at {}", options.api_sock.display()))?;
-    // The machine's console is the monitor's own.
-    let build = |config: &Config| builder::build(config, Box::new(io::stdout()), &surroundings);
+    let builder = ConsoleBuilder(surroundings);
     let metrics = options.metrics()?;
     let pre_boot = |config| PreBoot::new(options.id.clone(), config, metrics);
     let mut machine = match (&options.config_file, server) {
         (Some(path), server) => {
-            let (running, mut machine) = pre_boot(read_config(path)?)?.start(build)?;
+            let (running, mut machine) = pre_boot(read_config(path)?)?.start(&builder)?;
             if let Some(server) = server {
                 machine.answer(server, running)?;
             }
             machine
         }
-        (None, Some(server)) => wait_for_start(pre_boot(Config::default())?, server, build)?,
+        (None, Some(server)) => wait_for_start(pre_boot(Config::default())?, server, &builder)?,
         (None, None) => bail!("--no-api needs --config-file"),
     };
     let end = machine.run().context("the machine's event loop failed")?;
@@ -161,14 +160,23 @@ fn main() -> Result<ExitCode> {
     }
 }
 
+/// Makes machines whose console is the monitor's own.
+struct ConsoleBuilder(Surroundings);
+
+impl Builder for ConsoleBuilder {
+    fn build(&self, config: &Config) -> Result<Machine, builder::Error> {
+        builder::build(config, Box::new(io::stdout()), &self.0)
+    }
+
+    fn restore(&self, load: &snapshot::Load) -> Result<(Config, Machine), snapshot::Error> {
+        builder::restore(load, Box::new(io::stdout()), &self.0)
+    }
+}
+
 /// Has the API put a machine together until it is to start.
-fn wait_for_start(
-    mut pre_boot: PreBoot,
-    server: Server,
-    build: impl Fn(&Config) -> Result<Machine, builder::Error>,
-) -> Result<Machine> {
+fn wait_for_start(mut pre_boot: PreBoot, server: Server, builder: &ConsoleBuilder) -> Result<Machine> {
     while let Some(call) = server.wait() {
-        pre_boot = match pre_boot.handle(call.request, &build) {
+        pre_boot = match pre_boot.handle(call.request, builder) {
             Next::Wait(pre_boot, answer) => {
                 // A client that has gone does not want the answer.
                 let _ = call.reply.send(answer);

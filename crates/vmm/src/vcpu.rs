@@ -47,11 +47,17 @@ impl Gate {
         }
         state.wanted == Wanted::Run
     }
+
+    /// Whether the processor may go on running.
+    fn is_open(&self) -> bool {
+        lock(&self.state).wanted == Wanted::Run
+    }
 }
 
 /// All processors of a machine.
 pub struct Processors {
     gate: Arc<Gate>,
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -65,14 +71,16 @@ impl Processors {
             state: Mutex::new(State { wanted: Wanted::Wait, waiting: 0 }),
             changed: Condvar::new(),
         });
-        let mut processors = Processors { gate, threads: Vec::new() };
+        let mut processors = Processors { gate, vcpus: Vec::new(), threads: Vec::new() };
         // Threads inherit it, so there is no moment at which a kick would end the process.
         block_signal(kick()).map_err(|e| io::Error::other(e.to_string()))?;
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             open_to_kicks(&vcpu)?;
+            let vcpu = Arc::new(Mutex::new(vcpu));
+            processors.vcpus.push(vcpu.clone());
             let (gate, bus, filter) = (processors.gate.clone(), bus.clone(), filter.clone());
             let thread = std::thread::Builder::new().name(format!("vcpu {index}")).stack_size(128 * 1024);
-            processors.threads.push(thread.spawn(move || main(vcpu, &gate, &bus, &filter))?);
+            processors.threads.push(thread.spawn(move || main(&vcpu, &gate, &bus, &filter))?);
         }
         Ok(processors)
     }
@@ -91,6 +99,16 @@ impl Processors {
             let waited = self.gate.changed.wait_timeout(state, timeout);
             state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
+        drop(state);
+        for vcpu in &self.vcpus {
+            // Its watchdog shall not take the pause for a hang. A guest without KVM's clock has no use for this.
+            let _ = lock(vcpu).kvmclock_ctrl();
+        }
+    }
+
+    /// Has `look` look at every processor. They have to be held.
+    pub fn each<T, E>(&self, look: impl Fn(&VcpuFd) -> Result<T, E>) -> Result<Vec<T>, E> {
+        self.vcpus.iter().map(|vcpu| look(&lock(vcpu))).collect()
     }
 
     fn want(&self, wanted: Wanted) {
@@ -140,12 +158,18 @@ fn open_to_kicks(vcpu: &VcpuFd) -> io::Result<()> {
     }
 }
 
-fn main(mut vcpu: VcpuFd, gate: &Gate, bus: &Bus, filter: &Filter) {
+fn main(vcpu: &Mutex<VcpuFd>, gate: &Gate, bus: &Bus, filter: &Filter) {
     if let Err(error) = filter.apply() {
         return bus.stop.because(End::Failure(error.to_string()));
     }
     while gate.pass() {
-        if let Some(end) = run(&mut vcpu, bus) {
+        // While it waits at the gate, others may look at the processor's state.
+        let mut vcpu = lock(vcpu);
+        let mut left = Left::Interrupted;
+        while gate.is_open() && !matches!(left, Left::End(_)) {
+            left = run(&mut vcpu, bus);
+        }
+        if let Left::End(end) = finish(&mut vcpu, bus, left) {
             bus.stop.because(end);
             // Nothing more can be done with this processor; the machine's owner ends the others.
             return;
@@ -153,25 +177,49 @@ fn main(mut vcpu: VcpuFd, gate: &Gate, bus: &Bus, filter: &Filter) {
     }
 }
 
+/// The guest's last access is complete only when KVM has been entered again (KVM's API, section 5, `KVM_EXIT_IO`). That
+/// must not be left for later, when the processor may be another one that continues a snapshot.
+fn finish(vcpu: &mut VcpuFd, bus: &Bus, mut left: Left) -> Left {
+    vcpu.set_kvm_immediate_exit(1);
+    while let Left::Access = left {
+        left = run(vcpu, bus);
+    }
+    vcpu.set_kvm_immediate_exit(0);
+    left
+}
+
+/// Why the guest's code does not run.
+enum Left {
+    /// It used a port or a device's memory, which was served.
+    Access,
+    /// Somebody wants something of the processor.
+    Interrupted,
+    /// It cannot go on.
+    End(End),
+}
+
 /// Runs the guest's code until it leaves, and does what it left for.
-fn run(vcpu: &mut VcpuFd, bus: &Bus) -> Option<End> {
+fn run(vcpu: &mut VcpuFd, bus: &Bus) -> Left {
     match vcpu.run() {
         Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
         Ok(VcpuExit::IoOut(port, data)) => bus.write_port(port, data),
         Ok(VcpuExit::MmioRead(address, data)) => bus.read_memory(address, data),
         Ok(VcpuExit::MmioWrite(address, data)) => bus.write_memory(address, data),
         // A triple fault. Linux resets itself like this when nothing else works.
-        Ok(VcpuExit::Shutdown) => return Some(End::Reset),
-        Ok(VcpuExit::Intr) => {}
-        Ok(other) => return Some(End::Failure(format!("the guest did what KVM cannot do: {other:?}"))),
-        Err(error) => match error.errno() {
-            libc::EINTR => {
-                // The kick is still pending, because it is blocked here.
-                let _ = clear_signal(kick());
-            }
-            libc::EAGAIN => {}
-            _ => return Some(End::Failure(format!("KVM cannot run the guest: {error}"))),
-        },
+        Ok(VcpuExit::Shutdown) => return Left::End(End::Reset),
+        Ok(VcpuExit::Intr) => return Left::Interrupted,
+        Ok(other) => return Left::End(End::Failure(format!("the guest did what KVM cannot do: {other:?}"))),
+        Err(error) => {
+            return match error.errno() {
+                libc::EINTR => {
+                    // The kick is still pending, because it is blocked here.
+                    let _ = clear_signal(kick());
+                    Left::Interrupted
+                }
+                libc::EAGAIN => Left::Interrupted,
+                _ => Left::End(End::Failure(format!("KVM cannot run the guest: {error}"))),
+            };
+        }
     }
-    None
+    Left::Access
 }

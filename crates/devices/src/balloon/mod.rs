@@ -11,7 +11,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::calls::{SystemCall, SystemCalls, any, only};
 use crate::chain::{Buffers, Chain};
-use crate::queue::{Queue, QueueError, Request};
+use crate::queue::{Position, Queue, QueueError, Request};
+use crate::state::{Reader, StateError, Writer};
 use crate::timer::Timer;
 use crate::{Activation, Device, Event, Kind, Memory, Metric};
 
@@ -46,6 +47,9 @@ pub struct Config {
     /// How often the guest is asked for its statistics; never if it is zero, and then it cannot be asked later either.
     pub statistics: Duration,
 }
+
+/// In saved state: the driver's buffer for statistics is not here.
+const NO_BUFFER: u32 = u32::MAX;
 
 /// What a queue is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,6 +239,25 @@ impl Device for Balloon {
         self.buffer = None;
         self.timer.stop();
         self.actual = 0;
+    }
+
+    fn positions(&self) -> Vec<Option<Position>> {
+        let position = |role| self.queues.iter().find(|(other, _)| *other == role);
+        self.roles().into_iter().map(|role| position(role).map(|(_, queue)| queue.position())).collect()
+    }
+
+    fn save(&self, writer: &mut Writer) {
+        writer.u32(self.actual);
+        writer.u32(self.buffer.map_or(NO_BUFFER, |request| u32::from(request.head())));
+    }
+
+    fn restore(&mut self, reader: &mut Reader<'_>) -> Result<(), StateError> {
+        self.actual = reader.u32()?;
+        self.buffer = match reader.u32()? {
+            NO_BUFFER => None,
+            head => Some(Request::of(u16::try_from(head).map_err(|_| StateError::Invalid("a request"))?)),
+        };
+        Ok(())
     }
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::calls::{SystemCall, SystemCalls, any};
-use crate::queue::{Queue, QueueError};
+use crate::queue::{Position, Queue, QueueError};
 use crate::rate::{Limiter, Limits};
 use crate::{Activation, Device, Event, Kind, Metric};
 use file::Backing;
@@ -201,6 +201,10 @@ impl Device for Block {
 
     fn system_calls(&self) -> SystemCalls {
         SystemCalls { events: CALLS, registers: RESET }
+    }
+
+    fn positions(&self) -> Vec<Option<Position>> {
+        vec![self.queue.as_ref().map(Queue::position)]
     }
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

@@ -23,7 +23,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use crate::calls::{SystemCall, SystemCalls, any, only};
-use crate::queue::{Queue, QueueError};
+use crate::queue::{Position, Queue, QueueError};
 use crate::rate::{Limiter, Limits};
 use crate::{Activation, Device, Event, Kind, Metric};
 use counters::Counters;
@@ -281,6 +281,10 @@ impl Device for Net {
         (self.queues, self.unsent) = (None, false);
         self.receiver = Receiver::default();
         self.set_offloads(0);
+    }
+
+    fn positions(&self) -> Vec<Option<Position>> {
+        self.queues.iter().flatten().map(|queue| Some(queue.position())).collect()
     }
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

@@ -18,9 +18,13 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use crate::calls::{SystemCall, SystemCalls, any, only};
-use crate::queue::{Queue, QueueError};
+use crate::queue::{Position, Queue, QueueError};
+use crate::state::{Reader, StateError};
 use crate::{Activation, Device, Event, Kind};
 use muxer::Muxer;
+
+/// The event that ends all connections.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -70,8 +74,8 @@ pub struct Vsock {
 struct Queues {
     receive: Queue,
     transmit: Queue,
-    /// Kept for what the device has to say after a restore; the driver's buffers wait in it.
-    _events: Queue,
+    /// For what the device has to say after a restore; the driver's buffers wait in it.
+    events: Queue,
 }
 
 impl Vsock {
@@ -140,7 +144,7 @@ impl Device for Vsock {
         self.queues = Some(Queues {
             receive: activation.take(RECEIVE)?,
             transmit: activation.take(TRANSMIT)?,
-            _events: activation.take(EVENTS)?,
+            events: activation.take(EVENTS)?,
         });
         self.muxer.start();
         Ok(())
@@ -149,6 +153,27 @@ impl Device for Vsock {
     fn reset(&mut self) {
         self.queues = None;
         self.muxer.reset();
+    }
+
+    fn positions(&self) -> Vec<Option<Position>> {
+        let queues =
+            self.queues.iter().flat_map(|queues| [&queues.receive, &queues.transmit, &queues.events]);
+        queues.map(|queue| Some(queue.position())).collect()
+    }
+
+    /// The host's ends of all connections are gone, which the driver has to be told (section 5.10.6.7).
+    fn restore(&mut self, _reader: &mut Reader<'_>) -> Result<(), StateError> {
+        if let Some(queues) = &mut self.queues {
+            let mut told = false;
+            queues.events.serve(|chain| {
+                if std::mem::replace(&mut told, true) {
+                    return None;
+                }
+                let written = chain.is_ok_and(|mut chain| chain.writable.write(&TRANSPORT_RESET).is_ok());
+                Some(if written { TRANSPORT_RESET.len() as u32 } else { 0 })
+            })?;
+        }
+        Ok(())
     }
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {

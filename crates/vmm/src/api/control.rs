@@ -12,7 +12,7 @@ use super::request::{DriveUpdate, InterfaceUpdate, Request};
 use crate::config::{BootSource, Config, Drive, NetworkInterface, RateLimiter};
 use crate::machine::Machine;
 use crate::metrics::Metrics;
-use crate::{builder, confine, log};
+use crate::{builder, confine, log, snapshot};
 
 /// The API of which version of Firecracker this is, as far as it goes.
 pub const API_VERSION: &str = "1.14.0";
@@ -24,6 +24,21 @@ pub enum Answer {
     Done,
     /// This was asked for.
     Value(Value),
+}
+
+/// Makes machines.
+pub trait Builder {
+    /// A machine that boots.
+    ///
+    /// # Errors
+    /// [`builder::Error`].
+    fn build(&self, config: &Config) -> Result<Machine, builder::Error>;
+
+    /// A machine that goes on, and what it is made of.
+    ///
+    /// # Errors
+    /// [`snapshot::Error`].
+    fn restore(&self, load: &snapshot::Load) -> Result<(Config, Machine), snapshot::Error>;
 }
 
 /// A machine that is put together.
@@ -66,39 +81,52 @@ impl PreBoot {
         Ok(pre_boot)
     }
 
-    /// Does one request. `build` makes the machine when the request is to start.
-    pub fn handle(
-        mut self,
-        request: Request,
-        build: impl FnOnce(&Config) -> Result<Machine, builder::Error>,
-    ) -> Next {
+    /// Does one request. `builder` makes the machine when the request is to start or to continue one.
+    pub fn handle(mut self, request: Request, builder: &impl Builder) -> Next {
         let counters = request.counters();
-        if request != Request::Start {
-            let answer = self.configure(request);
-            self.metrics.count_request(counters, answer.is_err());
-            return Next::Wait(self, answer);
-        }
-        self.metrics.count_request(counters, false);
-        match self.start(build) {
+        let started = match request {
+            Request::Start => self.start(builder),
+            Request::LoadSnapshot(load) => self.load(&load, builder),
+            other => {
+                let answer = self.configure(other);
+                self.metrics.count_request(counters, answer.is_err());
+                return Next::Wait(self, answer);
+            }
+        };
+        match started {
             Ok((running, machine)) => Next::Run(running, Box::new(machine)),
             Err(fault) => Next::Wait(self, Err(fault)),
         }
     }
 
-    /// Builds the machine.
+    /// Builds the machine and has it run.
     ///
     /// # Errors
     /// [`Fault`]; it can be put together in another way then.
-    pub fn start(
-        &mut self,
-        build: impl FnOnce(&Config) -> Result<Machine, builder::Error>,
-    ) -> Result<(Running, Machine), Fault> {
+    pub fn start(&mut self, builder: &impl Builder) -> Result<(Running, Machine), Fault> {
         if self.config.boot_source.is_none() {
             return Err(Fault::NoKernel);
         }
-        let mut machine = build(&self.config)?;
+        let mut machine = builder.build(&self.config)?;
+        machine.resume();
+        Ok((self.running(self.config.clone(), false, &mut machine), machine))
+    }
+
+    fn load(&mut self, load: &snapshot::Load, builder: &impl Builder) -> Result<(Running, Machine), Fault> {
+        if self.config != Config::default() {
+            return Err(Fault::LoadNotAllowed);
+        }
+        let (config, mut machine) = builder.restore(load).map_err(Fault::LoadSnapshot)?;
+        if load.resume_vm {
+            machine.resume();
+        }
+        Ok((self.running(config, !load.resume_vm, &mut machine), machine))
+    }
+
+    /// The machine counts on from what was counted before.
+    fn running(&mut self, config: Config, paused: bool, machine: &mut Machine) -> Running {
         machine.count_in(std::mem::take(&mut self.metrics));
-        Ok((Running { id: self.id.clone(), config: self.config.clone(), paused: false }, machine))
+        Running { id: self.id.clone(), config, paused }
     }
 
     fn configure(&mut self, request: Request) -> Result<Answer, Fault> {
@@ -135,6 +163,8 @@ impl PreBoot {
             | Request::PatchBalloonStatistics(_)
             | Request::FlushMetrics
             | Request::SendCtrlAltDel
+            | Request::CreateSnapshot(_)
+            | Request::LoadSnapshot(_)
             | Request::Pause
             | Request::Resume
             | Request::Start => {
@@ -239,7 +269,15 @@ impl Running {
                     Err(Fault::Keyboard)
                 }
             }
-            Request::PutLogger(_)
+            Request::CreateSnapshot(to) => {
+                if !self.paused {
+                    return Err(Fault::CreateSnapshot(snapshot::Error::NotPaused));
+                }
+                machine.save(&self.config, &to).map_err(Fault::CreateSnapshot)?;
+                Ok(Answer::Done)
+            }
+            Request::LoadSnapshot(_)
+            | Request::PutLogger(_)
             | Request::PutMetrics(_)
             | Request::PutBootSource(_)
             | Request::PutMachineConfig(_)
@@ -307,9 +345,21 @@ mod tests {
     use super::*;
     use crate::api::request;
 
+    /// Cannot make anything.
+    struct Nothing;
+
+    impl Builder for Nothing {
+        fn build(&self, _: &Config) -> Result<Machine, builder::Error> {
+            Err(builder::Error::TooManyDevices)
+        }
+        fn restore(&self, _: &snapshot::Load) -> Result<(Config, Machine), snapshot::Error> {
+            Err(snapshot::Error::Checksum)
+        }
+    }
+
     fn ask(pre_boot: PreBoot, method: &str, path: &str, body: &str) -> (PreBoot, Result<Answer, Fault>) {
         let request = request::parse(method, path, body.as_bytes()).unwrap();
-        match pre_boot.handle(request, |_| Err(builder::Error::TooManyDevices)) {
+        match pre_boot.handle(request, &Nothing) {
             Next::Wait(pre_boot, answer) => (pre_boot, answer),
             Next::Run(..) => panic!("nothing can be built here"),
         }
@@ -340,6 +390,18 @@ mod tests {
         assert!(matches!(answer, Err(Fault::BeforeStart)));
         let (_, answer) = ask(vm, "PUT", "/actions", r#"{"action_type":"InstanceStart"}"#);
         assert!(matches!(answer, Err(Fault::Build(_))));
+    }
+
+    #[test]
+    fn only_a_machine_of_which_nothing_was_said_can_be_one_that_was_saved() {
+        let load = r#"{"snapshot_path":"/s","mem_file_path":"/m"}"#;
+        let (vm, answer) = ask(pre_boot(), "PUT", "/snapshot/load", load);
+        assert!(matches!(answer, Err(Fault::LoadSnapshot(_))));
+        let (vm, _) = ask(vm, "PUT", "/entropy", "{}");
+        let (vm, answer) = ask(vm, "PUT", "/snapshot/load", load);
+        assert!(matches!(answer, Err(Fault::LoadNotAllowed)));
+        let (_, answer) = ask(vm, "PUT", "/snapshot/create", load);
+        assert!(matches!(answer, Err(Fault::BeforeStart)));
     }
 
     #[test]

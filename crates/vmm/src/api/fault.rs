@@ -4,7 +4,7 @@ use std::io;
 
 use kapsel_devices::{balloon, block, net};
 
-use crate::{builder, config, metrics};
+use crate::{builder, config, metrics, snapshot};
 
 /// Why a request cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +64,17 @@ pub enum Fault {
     /// The guest does not take its keys.
     #[error("Internal VMM error: the guest has not read what was typed before")]
     Keyboard,
+    /// The machine is not saved.
+    #[error("Create snapshot error: {0}")]
+    CreateSnapshot(#[source] snapshot::Error),
+    /// The machine is not continued.
+    #[error("Load snapshot error: {0}")]
+    LoadSnapshot(#[source] snapshot::Error),
+    /// A machine that is put together is none that was saved.
+    #[error(
+        "Load snapshot error: Loading a microVM snapshot is not allowed after configuring boot-specific resources."
+    )]
+    LoadNotAllowed,
     /// The machine has ended.
     #[error("the machine has ended")]
     Ended,

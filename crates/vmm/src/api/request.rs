@@ -8,7 +8,7 @@ use crate::config::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig,
     MachineConfigUpdate, NetworkInterface, RateLimiter, Vsock,
 };
-use crate::{log, metrics};
+use crate::{log, metrics, snapshot};
 
 /// Something that the API can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +59,10 @@ pub enum Request {
     FlushMetrics,
     /// Presses keys by which Linux restarts.
     SendCtrlAltDel,
+    /// Saves the machine.
+    CreateSnapshot(snapshot::Create),
+    /// Continues a machine that was saved.
+    LoadSnapshot(snapshot::Load),
     /// Holds the machine.
     Pause,
     /// Lets it go on.
@@ -232,6 +236,8 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
             Action { action_type: ActionType::FlushMetrics } => Ok(Request::FlushMetrics),
             Action { action_type: ActionType::SendCtrlAltDel } => Ok(Request::SendCtrlAltDel),
         },
+        ("PUT", "snapshot", Some("create")) => Ok(Request::CreateSnapshot(serde_json::from_slice(body)?)),
+        ("PUT", "snapshot", Some("load")) => Ok(Request::LoadSnapshot(serde_json::from_slice(body)?)),
         ("PATCH", "vm", None) => match serde_json::from_slice(body)? {
             Vm { state: VmState::Paused } => Ok(Request::Pause),
             Vm { state: VmState::Resumed } => Ok(Request::Resume),

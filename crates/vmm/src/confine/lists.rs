@@ -1,6 +1,10 @@
 //! The lists: what every thread of a Rust program does, what each kind of thread does beside it, and what devices declare.
 
 use kapsel_devices::calls::{SystemCall, SystemCalls, any, only};
+use kvm_bindings::{
+    kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msrs,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
 
 /// What a thread may call.
 pub type Calls = Vec<SystemCall>;
@@ -44,21 +48,45 @@ const API: &[SystemCall] = &[
     any(libc::SYS_sendto),
 ];
 
-/// Descriptors are waited for; processors are held by a signal.
+/// Descriptors are waited for; processors are held by a signal; a machine that is held is saved to files.
 const EVENT_LOOP: &[SystemCall] = &[
     any(libc::SYS_epoll_wait),
     any(libc::SYS_epoll_pwait),
     any(libc::SYS_epoll_ctl),
     any(libc::SYS_getpid),
     any(libc::SYS_tgkill),
+    any(libc::SYS_openat),
+    any(libc::SYS_ftruncate),
+    any(libc::SYS_pwrite64),
+    any(libc::SYS_fsync),
+    kvm(READ, 0x7c, size_of::<kvm_clock_data>()),
+    kvm(READ | WRITE, 0x62, size_of::<kvm_irqchip>()),
+    kvm(READ, 0x81, size_of::<kvm_regs>()),
+    kvm(READ, 0x83, size_of::<kvm_sregs>()),
+    kvm(READ | WRITE, 0x88, size_of::<kvm_msrs>()),
+    kvm(READ, 0x8e, size_of::<kvm_lapic_state>()),
+    kvm(READ | WRITE, 0x91, size_of::<kvm_cpuid2>()),
+    kvm(READ, 0x98, size_of::<kvm_mp_state>()),
+    kvm(READ, 0x9f, size_of::<kvm_vcpu_events>()),
+    kvm(READ, 0xa1, size_of::<kvm_debugregs>()),
+    kvm(0, 0xa3, 0),
+    kvm(READ, 0xa4, size_of::<kvm_xsave>()),
+    kvm(READ, 0xa6, size_of::<kvm_xcrs>()),
+    kvm(0, 0xad, 0),
 ];
 
-/// `KVM_RUN`: `_IO(KVMIO, 0x80)`.
-const KVM_RUN: u32 = 0xae80;
+const WRITE: u32 = 1;
+const READ: u32 = 2;
+
+/// A request to KVM (linux/kvm.h): direction, number and size of its argument.
+const fn kvm(direction: u32, number: u32, size: usize) -> SystemCall {
+    only(libc::SYS_ioctl, 1, direction << 30 | (size as u32) << 16 | 0xae << 8 | number)
+}
+
+const KVM_RUN: SystemCall = kvm(0, 0x80, 0);
 
 /// The guest's code runs; the signal that ends that is taken.
-const PROCESSOR: &[SystemCall] =
-    &[only(libc::SYS_ioctl, 1, KVM_RUN), any(libc::SYS_rt_sigpending), any(libc::SYS_rt_sigtimedwait)];
+const PROCESSOR: &[SystemCall] = &[KVM_RUN, any(libc::SYS_rt_sigpending), any(libc::SYS_rt_sigtimedwait)];
 
 /// What the API's thread calls.
 pub fn api() -> Calls {

@@ -17,7 +17,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-pub use lists::{Calls, api, machine};
+pub use lists::{Calls, Machine, api, machine};
 pub use trap::{EXIT_CODE, install as install_trap, set_log};
 
 /// What a thread is for.

@@ -54,7 +54,7 @@ pub fn write(memory: &Memory, cpus: u8, places: &[Place]) -> Result<(), TooLarge
         table.to_aml_bytes(&mut bytes as &mut dyn AmlSink);
         let address = next;
         next += bytes.len().next_multiple_of(16) as u64;
-        if next > layout::HIGH_RAM {
+        if next > layout::GENERATION {
             return Err(TooLarge);
         }
         memory.write_slice(&bytes, GuestAddress(address)).map_err(|_| TooLarge)?;
@@ -150,10 +150,54 @@ fn dsdt(places: &[Place]) -> Sdt {
         ],
     )
     .to_aml_bytes(&mut bytes);
+    generation(&mut bytes);
     aml::Name::new("_S5_".into(), &aml::Package::new(vec![&layout::S5_TYPE])).to_aml_bytes(&mut bytes);
     let mut table = Sdt::new(*b"DSDT", HEADER, 6, OEM, TABLE, 1);
     table.append_slice(&bytes);
     table
+}
+
+/// Where the generation is (Microsoft's "Virtual Machine Generation ID"), and the interrupt that says that it is another one,
+/// by a generic event device (ACPI 6.5, section 5.6.9).
+fn generation(bytes: &mut Vec<u8>) {
+    let (low, high) = (layout::GENERATION as u32, (layout::GENERATION >> 32) as u32);
+    aml::Device::new(
+        "_SB_.VGEN".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"VMGENCTR"),
+            &aml::Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("ADDR".into(), &aml::Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(bytes);
+    aml::Device::new(
+        "_SB_.GED_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0013"),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&aml::Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    layout::GENERATION_GSI,
+                )]),
+            ),
+            &aml::Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&aml::If::new(
+                    &aml::Equal::new(&aml::Arg(0), &layout::GENERATION_GSI),
+                    vec![&aml::Notify::new(&aml::Path::new("\\_SB_.VGEN"), &0x80u8)],
+                )],
+            ),
+        ],
+    )
+    .to_aml_bytes(bytes);
 }
 
 #[cfg(test)]

@@ -28,8 +28,12 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const COMMAND_LINE_MAX: usize = 2048;
 /// End of the first megabyte's usable memory.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// ACPI tables, up to [`HIGH_RAM`].
+/// ACPI tables, up to [`GENERATION`].
 pub const ACPI: u64 = 0xe_0000;
+/// The machine's generation, which is another one in every machine that continues a snapshot.
+pub const GENERATION: u64 = 0xf_f000;
+/// Length of a generation, in bytes.
+pub const GENERATION_SIZE: usize = 16;
 /// Usable memory continues here; kernels do not go below.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// Memory is not here but devices are, up to [`HOLE_END`].
@@ -55,8 +59,10 @@ pub const SERIAL_GSI: u32 = 4;
 pub const FIRST_GSI: u32 = 5;
 /// Interrupts that the I/O APIC has.
 pub const GSIS: u32 = 24;
+/// Interrupt of a new generation.
+pub const GENERATION_GSI: u32 = GSIS - 1;
 /// Devices that there are interrupts for.
-pub const DEVICES_MAX: usize = (GSIS - FIRST_GSI) as usize;
+pub const DEVICES_MAX: usize = (GENERATION_GSI - FIRST_GSI) as usize;
 
 /// Ports of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;

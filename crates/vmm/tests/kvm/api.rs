@@ -69,7 +69,7 @@ impl Client {
         }
     }
 
-    fn state(&mut self) -> io::Result<String> {
+    pub fn state(&mut self) -> io::Result<String> {
         let (_, instance) = self.ask("GET", "/", &Value::Null)?;
         Ok(instance["state"].as_str().unwrap_or_default().to_owned())
     }
@@ -95,7 +95,7 @@ impl Console {
         self.text.lock().expect("no reader panics").clone()
     }
 
-    fn ticks(&self) -> usize {
+    pub fn ticks(&self) -> usize {
         self.ticks.load(Ordering::SeqCst)
     }
 

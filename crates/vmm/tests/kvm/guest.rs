@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 
 /// Makes this binary the guest's program.
 pub const ARGUMENT: &str = "--guest";
@@ -23,6 +24,8 @@ pub const READY: &str = "the guest listens";
 pub const TICK: &str = "tick";
 /// The size that the disk grows to.
 pub const LARGE_SECTORS: usize = 128;
+/// Said when the guest knows that it is another machine.
+pub const FORKED: &str = "forked after tick";
 /// The size of a disk that is limited.
 pub const SLOW_SECTORS: usize = 1024;
 /// Said with the number of milliseconds that reading it took.
@@ -69,6 +72,7 @@ pub fn main() -> ! {
         "devices" => (devices(), libc::RB_POWER_OFF),
         "ticks" => (ticks(), libc::RB_POWER_OFF),
         "services" => (services(), libc::RB_POWER_OFF),
+        "clone" => (clone(), libc::RB_POWER_OFF),
         "network" => (network(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
@@ -167,11 +171,17 @@ fn stop_sending(socket: &fs::File) -> io::Result<()> {
 }
 
 /// Sends more than all buffers hold while the host sends it back.
-fn call_host() -> io::Result<()> {
-    let (mut socket, address) = (socket()?, address(HOST_CID, HOST_PORT));
+/// A connection to a port of the host.
+fn connect(port: u32) -> io::Result<fs::File> {
+    let (socket, address) = (socket()?, address(HOST_CID, port));
     let length = size_of_val(&address) as libc::socklen_t;
     // SAFETY: the address and its length belong together.
     ok(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
+    Ok(socket)
+}
+
+fn call_host() -> io::Result<()> {
+    let mut socket = connect(HOST_PORT)?;
     let mut reader = socket.try_clone()?;
     let echo = std::thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -221,6 +231,51 @@ fn ticks() -> io::Result<()> {
     let content = fs::read("/dev/vda")?;
     check(content.len() == LARGE_SECTORS * 512, "the disk has its new size")?;
     check(content[64 * 512..].iter().all(|byte| *byte == 2), "the disk has its new contents")
+}
+
+/// Ticks until the kernel says that this is another machine now, which must still have what the first one had.
+fn clone() -> io::Result<()> {
+    let secret = {
+        let mut bytes = [0; 4096];
+        fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        bytes
+    };
+    let memory = secret.to_vec();
+    let mut kernel = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
+    let mut connection = connect(HOST_PORT)?;
+    for tick in 0.. {
+        println!("{TICK} {tick}");
+        let mut record = [0; 1024];
+        while let Ok(length) = kernel.read(&mut record) {
+            if String::from_utf8_lossy(&record[..length]).contains("virtual machine fork") {
+                println!("{FORKED} {tick}");
+                check(memory == secret, "memory is as it was")?;
+                return after_fork(&mut connection);
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn after_fork(connection: &mut fs::File) -> io::Result<()> {
+    check(
+        connection.read(&mut [0]).is_ok_and(|length| length == 0) || connection.write(b"x").is_err(),
+        "the connection is gone",
+    )?;
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    check(fs::read("/dev/vda")? == pattern(8 * 512), "the disk is as it was")?;
+    fs::File::open("/dev/hwrng")?.read_exact(&mut [0; 16])?;
+    let processors = fs::read_to_string("/proc/cpuinfo")?.matches("processor\t").count();
+    check(processors == 2, "there are two processors")?;
+    for cpu in 0..2 {
+        let command = format!("taskset {} true", 1 << cpu);
+        check(
+            std::process::Command::new("/bin/sh").args(["-c", &command]).status()?.success(),
+            "each processor runs",
+        )?;
+    }
+    call_host()
 }
 
 /// Reads a slow disk, says that it has booted, and waits for somebody to press Ctrl, Alt and Del.

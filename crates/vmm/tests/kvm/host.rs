@@ -224,7 +224,7 @@ pub fn devices() -> Result<(), Failed> {
 }
 
 /// Gives the guest back what it sends, until it stops sending.
-fn echo_once(listener: &UnixListener) -> io::Result<()> {
+pub fn echo_once(listener: &UnixListener) -> io::Result<()> {
     let (mut stream, _) = listener.accept()?;
     let mut reader = stream.try_clone()?;
     io::copy(&mut reader, &mut stream)?;

@@ -1,9 +1,12 @@
 //! The virtio-mmio transport (virtio 1.2, section 4.2), without the legacy interface.
 
+mod state;
+
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::calls::SystemCalls;
 use crate::queue::{QueueConfig, QueueError};
+use crate::state::{Reader, StateError, Writer};
 use crate::{Activation, Device, Event, Interrupt, Kind, Memory, Metric};
 
 /// Size of a device's window in guest physical memory, in bytes.
@@ -101,6 +104,13 @@ pub trait Slot: Send {
     fn sources(&self) -> Vec<std::os::fd::BorrowedFd<'_>>;
     /// The calls of [`Device::system_calls`].
     fn system_calls(&self) -> SystemCalls;
+    /// Adds registers, queues and the device's own state. The guest may not run meanwhile.
+    fn save(&self, writer: &mut Writer);
+    /// Takes up what was saved; the device has to be as it was made.
+    ///
+    /// # Errors
+    /// [`StateError`]; the device is of no use any more then.
+    fn restore(&mut self, reader: &mut Reader<'_>) -> Result<(), StateError>;
     /// The device's type.
     fn kind(&self) -> Kind;
     /// The counters of [`Device::metrics`].
@@ -382,6 +392,14 @@ impl<D: Device> Slot for Transport<D> {
         self.device.system_calls()
     }
 
+    fn save(&self, writer: &mut Writer) {
+        self.save_state(writer);
+    }
+
+    fn restore(&mut self, reader: &mut Reader<'_>) -> Result<(), StateError> {
+        self.restore_state(reader)
+    }
+
     fn kind(&self) -> Kind {
         self.device.kind()
     }
@@ -449,6 +467,9 @@ mod tests {
         fn reset(&mut self) {
             self.queue = None;
             self.resets += 1;
+        }
+        fn positions(&self) -> Vec<Option<crate::queue::Position>> {
+            vec![self.queue.as_ref().map(Queue::position), None]
         }
         fn handle(&mut self, _: Event) -> Result<bool, QueueError> {
             let served = &mut self.served;

@@ -1,0 +1,200 @@
+//! A machine in two files: its memory ([`memory`]), and everything else ([`format`](mod@format)).
+//!
+//! The state's sections are `config` (what the machine is made of, as JSON), `machine` (clock and interrupt controllers),
+//! `cpu` for each processor, `console`, `keyboard`, and `device` for each device in the order of their places.
+
+pub mod format;
+pub mod memory;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kapsel_devices::state::StateError;
+use serde::Deserialize;
+
+use crate::x86;
+use crate::{builder, config};
+
+/// Where a snapshot is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Create {
+    /// The file for the state.
+    pub snapshot_path: PathBuf,
+    /// The file for the memory.
+    pub mem_file_path: PathBuf,
+    /// How much of it.
+    #[serde(default)]
+    pub snapshot_type: Kind,
+}
+
+/// How much of the memory is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+pub enum Kind {
+    /// All.
+    #[default]
+    Full,
+}
+
+/// Where a snapshot is, and what shall be different.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Load {
+    /// The file with the state.
+    pub snapshot_path: PathBuf,
+    /// Where the memory is.
+    #[serde(default)]
+    pub mem_backend: Option<MemoryBackend>,
+    /// The file with the memory: an older name for a backend of type `File`.
+    #[serde(default)]
+    pub mem_file_path: Option<PathBuf>,
+    /// Whether the machine goes on at once.
+    #[serde(default)]
+    pub resume_vm: bool,
+    /// Other taps for network cards.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Another socket for the socket device.
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverride>,
+}
+
+/// Where memory comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryBackend {
+    /// The file.
+    pub backend_path: PathBuf,
+    /// What it is.
+    pub backend_type: BackendType,
+}
+
+/// How memory comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum BackendType {
+    /// A file is mapped.
+    File,
+}
+
+/// Another tap for a network card.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// Which card.
+    pub iface_id: String,
+    /// The tap.
+    pub host_dev_name: String,
+}
+
+/// Another socket for the socket device.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    /// Its path.
+    pub uds_path: PathBuf,
+}
+
+impl Load {
+    /// The file with the memory.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] when none is named, or two.
+    pub fn memory(&self) -> Result<&Path, Error> {
+        match (&self.mem_backend, &self.mem_file_path) {
+            (Some(backend), None) => Ok(&backend.backend_path),
+            (None, Some(path)) => Ok(path),
+            _ => Err(Error::NoMemory),
+        }
+    }
+
+    /// Makes the changes to what the machine is made of.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] when there is nothing to change.
+    pub fn apply(&self, config: &mut config::Config) -> Result<(), Error> {
+        for change in &self.network_overrides {
+            let mut interfaces = config.network_interfaces.iter_mut();
+            let interface = interfaces.find(|interface| interface.iface_id == change.iface_id);
+            let interface = interface.ok_or_else(|| Error::NoDevice(change.iface_id.clone()))?;
+            interface.host_dev_name.clone_from(&change.host_dev_name);
+        }
+        if let Some(change) = &self.vsock_override {
+            let vsock = config.vsock.as_mut().ok_or_else(|| Error::NoDevice("vsock".into()))?;
+            vsock.uds_path.clone_from(&change.uds_path);
+        }
+        Ok(())
+    }
+}
+
+/// Why a machine cannot be saved or continued.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Only a machine that does not run stands still.
+    #[error("the microVM has to be paused")]
+    NotPaused,
+    /// The first bytes are others.
+    #[error("the state file is not a snapshot of this program")]
+    NotASnapshot,
+    /// Of another version of the format.
+    #[error("the snapshot has version {0} of the format and this program reads version {version}", version = format::VERSION)]
+    Version(u32),
+    /// No snapshot is so large.
+    #[error("the state file is larger than any snapshot")]
+    TooLarge,
+    /// It was cut or something was added.
+    #[error("the state file should have {expected} bytes after its header and has {found}: was it cut?")]
+    Length {
+        /// As its header says.
+        expected: u64,
+        /// As there are.
+        found: u64,
+    },
+    /// It was changed.
+    #[error("the state file is damaged: its checksum is another")]
+    Checksum,
+    /// Something else comes.
+    #[error("the state file has no section {0:?} where it should be")]
+    Section(&'static str),
+    /// A section's contents.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// What the machine is made of.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// The memory's file.
+    #[error("the memory file should have {expected} bytes and has {found}")]
+    MemorySize {
+        /// As the machine has.
+        expected: u64,
+        /// As the file has.
+        found: u64,
+    },
+    /// The memory's file has to be named once.
+    #[error("either mem_backend or mem_file_path says where the memory is")]
+    NoMemory,
+    /// A change for what is not there.
+    #[error("the snapshot has no device {0}")]
+    NoDevice(String),
+    /// KVM does not tell or take a state.
+    #[error(transparent)]
+    Kvm(#[from] x86::state::Error),
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Build(#[from] Box<builder::Error>),
+}
+
+impl Error {
+    fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Error::File { action, path: path.to_owned(), source }
+    }
+}
