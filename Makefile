@@ -17,8 +17,11 @@ export CARGO_TARGET_DIR
 OUT    := $(CARGO_TARGET_DIR)/release
 KAPSEL := $(OUT)/kapsel
 AGENT  := $(OUT)/guest/kapsel-agent
+MONITOR := $(OUT)/static/kapsel-vmm
+# What the tests of kapsel-vmm run: the program as it is shipped.
+export KAPSEL_VMM := $(abspath $(MONITOR))
 
-.PHONY: help run test test-e2e test-kvm build agent image man bench clean cargo \
+.PHONY: help run test test-e2e test-kvm build agent monitor image man bench clean cargo \
         packages-build packages-run packages-test packages-bench
 
 help: ## list the targets
@@ -49,7 +52,12 @@ agent: cargo packages-build
 	@RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --profile guest --target $(TARGET) -p kapsel-agent
 	@install -D $(CARGO_TARGET_DIR)/$(TARGET)/guest/kapsel-agent $(AGENT)
 
-build: agent ## build everything in release mode
+# The monitor runs once a machine, in a jail without libraries: a static binary, optimised as a whole, is 1.6 MiB less each.
+monitor: cargo packages-build
+	@RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --profile guest --target $(TARGET) -p kapsel-vmm
+	@install -D $(CARGO_TARGET_DIR)/$(TARGET)/guest/kapsel-vmm $(MONITOR)
+
+build: agent monitor ## build everything in release mode
 	@cargo build --release --workspace --exclude kapsel-agent
 
 image: build packages-run

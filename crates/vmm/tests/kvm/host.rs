@@ -45,7 +45,9 @@ impl Files {
         let kernel = Kernel::ensure(KvmBox::new().cache_directory())?;
         let initramfs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest.cpio");
         build_initramfs(&kernel, &initramfs).expect("the guest's initramfs can be written");
-        Ok(Files { vmm: VMM.into(), vmlinux: kernel.vmlinux, bzimage: kernel.bzimage, initramfs })
+        // The program as it is shipped, if somebody names it.
+        let vmm = std::env::var_os("KAPSEL_VMM").map_or_else(|| VMM.into(), PathBuf::from);
+        Ok(Files { vmm, vmlinux: kernel.vmlinux, bzimage: kernel.bzimage, initramfs })
     }
 
     fn of_box() -> Self {

@@ -15,6 +15,12 @@ use crate::host::Files;
 /// What the disk may do in a second, in bytes: a quarter of its size, beside the quarter that passes at once.
 const BYTES_PER_SECOND: usize = guest::SLOW_SECTORS * 512 / 4;
 
+/// The most that a monitor may have for itself, in KiB, its program included. One that is linked dynamically has the
+/// libraries' pages beside these, which all programs share.
+const OWN_KIB_MAX: u64 = 3 * 1024;
+/// The most that is in no file, and so another monitor's as well only in part.
+const ANONYMOUS_KIB_MAX: u64 = 512;
+
 pub fn services() -> Result<(), Failed> {
     let files = Files::here();
     let directory = tempfile::tempdir()?;
@@ -40,6 +46,7 @@ pub fn services() -> Result<(), Failed> {
     client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
     console.wait(0)?;
     statistics(&mut client)?;
+    small(monitor.0.id())?;
     client.done("PUT", "/actions", &json!({"action_type": "FlushMetrics"}))?;
     counted(&metrics)?;
     logged(&log)?;
@@ -95,6 +102,30 @@ fn statistics(client: &mut Client) -> Result<(), Failed> {
     let interval = |seconds: u16| json!({"stats_polling_interval_s": seconds});
     client.done("PATCH", "/balloon/statistics", &interval(2))?;
     client.refused("PATCH", "/balloon/statistics", &interval(0), "cannot be enabled/disabled")
+}
+
+/// What the monitor has beside the guest's memory, which is the one mapping of its size.
+fn small(monitor: u32) -> Result<(), Failed> {
+    let text = fs::read_to_string(format!("/proc/{monitor}/smaps"))?;
+    let kib = |line: &str, key: &str| line.strip_prefix(key)?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
+    let (mut own, mut anonymous, mut guests, mut size) = (0, 0, 0, 0);
+    for line in text.lines() {
+        size = kib(line, "Size:").unwrap_or(size);
+        let resident = kib(line, "Rss:").unwrap_or(0);
+        if size == 256 * 1024 {
+            guests += resident;
+        } else {
+            own += resident;
+            anonymous += kib(line, "Anonymous:").unwrap_or(0);
+        }
+    }
+    println!("the monitor has {own} KiB, {anonymous} of them anonymous, beside the guest's {guests}");
+    let small = anonymous <= ANONYMOUS_KIB_MAX && (own <= OWN_KIB_MAX || text.contains("/libc.so"));
+    if guests > 0 && small {
+        Ok(())
+    } else {
+        Err(format!("{own} KiB, {anonymous} anonymous:\n{text}").into())
+    }
 }
 
 fn counted(metrics: &Path) -> Result<(), Failed> {
