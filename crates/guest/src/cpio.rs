@@ -7,40 +7,48 @@ const FILE: u32 = 0o100_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
 /// Writes an archive whose bytes depend on nothing but what is added: owner root, time 0, inodes numbered in order.
-pub(crate) struct Writer<W> {
+#[derive(Debug)]
+pub struct Writer<W> {
     out: W,
     inode: u32,
     written: usize,
 }
 
 impl<W: Write> Writer<W> {
-    pub(crate) fn new(out: W) -> Self {
+    /// An empty archive.
+    pub fn new(out: W) -> Self {
         Writer { out, inode: 0, written: 0 }
     }
 
     /// A directory. Parents must be added first.
-    pub(crate) fn directory(&mut self, path: &str, mode: u32) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the archive cannot be written.
+    pub fn directory(&mut self, path: &str, mode: u32) -> io::Result<()> {
         self.entry(path, DIRECTORY | mode, (0, 0), &[])
     }
 
     /// A regular file.
-    pub(crate) fn file(&mut self, path: &str, mode: u32, bytes: &[u8]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the archive cannot be written, or the file has 4 GiB or more.
+    pub fn file(&mut self, path: &str, mode: u32, bytes: &[u8]) -> io::Result<()> {
         self.entry(path, FILE | mode, (0, 0), bytes)
     }
 
     /// A character device.
-    pub(crate) fn character_device(
-        &mut self,
-        path: &str,
-        mode: u32,
-        major: u32,
-        minor: u32,
-    ) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the archive cannot be written.
+    pub fn character_device(&mut self, path: &str, mode: u32, major: u32, minor: u32) -> io::Result<()> {
         self.entry(path, CHARACTER_DEVICE | mode, (major, minor), &[])
     }
 
     /// Ends the archive.
-    pub(crate) fn finish(mut self) -> io::Result<W> {
+    ///
+    /// # Errors
+    /// When the archive cannot be written.
+    pub fn finish(mut self) -> io::Result<W> {
         self.entry("TRAILER!!!", 0, (0, 0), &[])?;
         Ok(self.out)
     }

@@ -12,7 +12,10 @@ const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
 
 /// The ELF kernel in `bytes`, which are a bzImage or that ELF file itself.
-pub(crate) fn vmlinux(bytes: &[u8]) -> Result<Vec<u8>, String> {
+///
+/// # Errors
+/// What is wrong with them.
+pub fn vmlinux(bytes: &[u8]) -> Result<Vec<u8>, String> {
     if is_elf(bytes) {
         return Ok(bytes.to_vec());
     }

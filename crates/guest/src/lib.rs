@@ -5,16 +5,17 @@
 
 mod acpi;
 mod archive;
-mod cpio;
+pub mod cpio;
 mod error;
 mod image;
 mod initramfs;
 mod kernel;
 mod lock;
 mod modules;
-mod package;
+pub mod package;
 
 pub use error::Error;
+pub use image::vmlinux;
 pub use initramfs::Initramfs;
 pub use kernel::{Kernel, KernelSource};
 

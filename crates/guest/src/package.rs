@@ -14,7 +14,7 @@ const METAPACKAGES: &[&str] = &["linux-image-6.12-cloud-amd64", "linux-image-clo
 
 /// A kernel package that apt could download.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Package {
+pub struct Package {
     /// Its name, such as `linux-image-6.12.117+deb12-cloud-amd64`.
     pub name: String,
     /// Its version.
@@ -25,7 +25,10 @@ pub(crate) struct Package {
 
 impl Package {
     /// The newest package that apt knows.
-    pub(crate) fn newest() -> Result<Package> {
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`].
+    pub fn newest() -> Result<Package> {
         let mut tried = Vec::new();
         for meta in METAPACKAGES {
             let control = run(Command::new("apt-cache").args(["show", "--no-all-versions", meta]))?;
@@ -43,8 +46,11 @@ impl Package {
         Err(Error::NoKernel { what: format!("apt knows none of {} (run apt-get update?)", tried.join(", ")) })
     }
 
-    /// Downloads the package into `dir`.
-    pub(crate) fn download(&self, dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
+    /// Downloads the package into `dir`, where nothing else may be, and gives its file.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`].
+    pub fn download(&self, dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
         let mut apt = Command::new("apt-get")
             .args(["download", "-q", "-o", "APT::Sandbox::User="])
             .arg(format!("{}={}", self.name, self.version))
@@ -87,7 +93,10 @@ impl Package {
     }
 
     /// Unpacks a downloaded package into `dir`.
-    pub(crate) fn unpack(package: &Path, dir: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`].
+    pub fn unpack(package: &Path, dir: &Path) -> Result<()> {
         run(Command::new("dpkg-deb").arg("-x").arg(package).arg(dir)).map(drop)
     }
 }

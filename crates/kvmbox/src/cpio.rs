@@ -4,21 +4,21 @@ use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::{Component, Path};
 
-const DIRECTORY: u32 = 0o040_755;
-const REGULAR: u32 = 0o100_000;
-const TRAILER: &str = "TRAILER!!!";
+use kapsel_guest::cpio::Writer;
+
+/// Permissions of the directories.
+const DIRECTORY_MODE: u32 = 0o755;
 
 /// Writes an archive entry by entry; the directories on the way to a file are made as they are needed.
 pub struct Archive<W: Write> {
-    out: W,
+    writer: Writer<W>,
     directories: BTreeSet<String>,
-    inode: u32,
 }
 
 impl<W: Write> Archive<W> {
     /// An empty archive.
     pub fn new(out: W) -> Self {
-        Archive { out, directories: BTreeSet::new(), inode: 0 }
+        Archive { writer: Writer::new(out), directories: BTreeSet::new() }
     }
 
     /// Adds a file. `mode` is its permission bits.
@@ -28,7 +28,7 @@ impl<W: Write> Archive<W> {
     pub fn file(&mut self, inside: &Path, mode: u32, content: &[u8]) -> io::Result<()> {
         let name = relative(inside)?;
         self.parents(&name)?;
-        self.entry(&name, REGULAR | mode, content)
+        self.writer.file(&name, mode, content)
     }
 
     /// Adds a file of the host with its permission bits.
@@ -47,43 +47,20 @@ impl<W: Write> Archive<W> {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn finish(mut self) -> io::Result<W> {
-        self.entry(TRAILER, 0, &[])?;
-        self.out.flush()?;
-        Ok(self.out)
+    pub fn finish(self) -> io::Result<W> {
+        let mut out = self.writer.finish()?;
+        out.flush()?;
+        Ok(out)
     }
 
     fn parents(&mut self, name: &str) -> io::Result<()> {
         for (slash, _) in name.match_indices('/') {
             let directory = &name[..slash];
             if self.directories.insert(directory.to_owned()) {
-                self.entry(directory, DIRECTORY, &[])?;
+                self.writer.directory(directory, DIRECTORY_MODE)?;
             }
         }
         Ok(())
-    }
-
-    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
-        let size = u32::try_from(content.len())
-            .map_err(|_| io::Error::new(io::ErrorKind::FileTooLarge, format!("{name} is over 4 GiB")))?;
-        self.inode += 1;
-        let links = if mode & DIRECTORY == DIRECTORY & !0o777 { 2 } else { 1 };
-        // inode, mode, uid, gid, links, mtime, size, device and special device numbers, name's length, checksum
-        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-        let mut header = String::from("070701");
-        for field in fields {
-            header.push_str(&format!("{field:08x}"));
-        }
-        self.out.write_all(header.as_bytes())?;
-        self.out.write_all(name.as_bytes())?;
-        self.out.write_all(&[0])?;
-        self.pad(header.len() + name.len() + 1)?;
-        self.out.write_all(content)?;
-        self.pad(content.len())
-    }
-
-    fn pad(&mut self, written: usize) -> io::Result<()> {
-        self.out.write_all(&[0; 3][..written.next_multiple_of(4) - written])
     }
 }
 
@@ -112,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_aligned_and_directories_come_first_and_once() {
+    fn directories_come_first_and_once() {
         let mut archive = Archive::new(Vec::new());
         archive.file(Path::new("/a/b/one"), 0o755, b"12345").unwrap();
         archive.file(Path::new("a/b/two"), 0o644, b"").unwrap();
@@ -134,7 +111,7 @@ mod tests {
             if name == "a/b/one" {
                 assert_eq!(&bytes[content..content + size], b"12345");
             }
-            if name == TRAILER {
+            if name == "TRAILER!!!" {
                 break;
             }
             at = (content + size).next_multiple_of(4);
@@ -144,7 +121,7 @@ mod tests {
             ("a/b", 0o040_755),
             ("a/b/one", 0o100_755),
             ("a/b/two", 0o100_644),
-            (TRAILER, 0),
+            ("TRAILER!!!", 0),
         ];
         assert_eq!(names, expected.map(|(name, mode)| (name.to_owned(), mode)));
     }

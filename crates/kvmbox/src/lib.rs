@@ -42,8 +42,11 @@ pub enum Error {
         source: io::Error,
     },
     /// The kernel cannot be fetched or unpacked.
-    #[error("no kernel for the box: {0}")]
-    Kernel(String),
+    #[error(transparent)]
+    Kernel(#[from] kapsel_guest::Error),
+    /// The kernel's package is not as it was, or the cache is damaged.
+    #[error("the box's kernel has no {0}; remove the cache to fetch it again")]
+    Incomplete(PathBuf),
     /// The box did not start or ended before the command did.
     #[error("the box failed: {reason}\nits console ended with:\n{console}")]
     Box {
