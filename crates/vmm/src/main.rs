@@ -53,6 +53,12 @@ struct Options {
     /// What its parent had used of the processor, in microseconds; a jailer says so
     #[arg(long, value_name = "TIME", hide_short_help = true)]
     parent_cpu_time_us: Option<u64>,
+    /// Print the version of snapshots that this program writes and reads, and end
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Print the version of this snapshot's state file, and end
+    #[arg(long, value_name = "FILE")]
+    describe_snapshot: Option<PathBuf>,
     /// Let the monitor's threads make any system call
     #[arg(long, conflicts_with = "seccomp_filter")]
     no_seccomp: bool,
@@ -129,6 +135,15 @@ const CONFIG_MAX: u64 = 1 << 20;
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
+    if options.snapshot_version {
+        println!("v{}", snapshot::format::VERSION);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(path) = &options.describe_snapshot {
+        let version = snapshot::format::version(path);
+        println!("v{}", version.with_context(|| format!("cannot describe {}", path.display()))?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let boot_timer = options.boot_timer.then(BootTimer::start);
     confine::install_trap(options.start_log()?)?;
     let surroundings = Surroundings { policy: options.policy()?, boot_timer };

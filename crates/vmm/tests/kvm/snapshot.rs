@@ -55,6 +55,7 @@ pub fn snapshot() -> Result<(), Failed> {
     let (state, memory) = (inside("state"), inside("memory"));
     let ticks = save(&files, &inside, &state, &memory)?;
     let saved = fs::read(&memory)?;
+    described(&files, &state, &memory)?;
 
     let mut session = Session::start(&files, &inside("second"))?;
     let load = json!({
@@ -82,6 +83,15 @@ pub fn snapshot() -> Result<(), Failed> {
     }
     assert!(fs::read(&memory)? == saved, "what a clone writes is its own");
     Ok(())
+}
+
+/// The state file has a version that can be asked for; the memory file has none.
+fn described(files: &Files, state: &Path, memory: &Path) -> Result<(), Failed> {
+    let describe = |path: &Path| Command::new(&files.vmm).arg("--describe-snapshot").arg(path).output();
+    let (good, bad) = (describe(state)?, describe(memory)?);
+    let refused =
+        !bad.status.success() && String::from_utf8_lossy(&bad.stderr).contains("larger than any snapshot");
+    if good.stdout == b"v1\n" && refused { Ok(()) } else { Err(format!("{good:?} {bad:?}").into()) }
 }
 
 /// Saves a machine after some ticks and says how many. It goes on ticking afterwards.
