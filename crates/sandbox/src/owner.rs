@@ -4,9 +4,13 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
+    path::Path,
 };
 
-use rustix::{fs::FlockOperation, io::Errno};
+use rustix::{
+    fs::{CWD, FlockOperation, RenameFlags},
+    io::Errno,
+};
 
 use crate::paths::Bundle;
 
@@ -21,13 +25,27 @@ pub struct Ownership {
 /// # Errors
 /// When the file cannot be written.
 pub fn claim(bundle: &Bundle) -> io::Result<Option<Ownership>> {
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(bundle.shim_pid())?;
+    let path = bundle.shim_pid();
+    // The file appears locked. Whoever looked at it before it was would take its owner for dead, and their look would be
+    // a lock that is in the owner's way.
+    let new = path.with_extension(format!("pid-{}", std::process::id()));
+    let file = open(OpenOptions::new().truncate(true), &new)?;
+    let owned = lock(file)?;
+    match rustix::fs::renameat_with(CWD, &new, CWD, &path, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(owned),
+        Err(Errno::EXIST) => {
+            std::fs::remove_file(&new)?;
+            lock(open(&mut OpenOptions::new(), &path)?)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    options.read(true).write(true).create(true).mode(0o600).open(path)
+}
+
+fn lock(mut file: File) -> io::Result<Option<Ownership>> {
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Ok(None),
@@ -86,5 +104,29 @@ mod tests {
         drop(first);
         assert_eq!(of(&bundle), Owner::Gone);
         assert!(claim(&bundle).unwrap().is_some());
+    }
+
+    /// Every command looks at all sandboxes, also at those that are just being born.
+    #[test]
+    fn nobody_sees_an_owner_before_it_owns() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut claimed = Vec::new();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let bundle = |n: usize| Bundle::at(dir.path().join(n.to_string()));
+        (0..200).for_each(|n| std::fs::create_dir(bundle(n).dir()).unwrap());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        (0..200).for_each(|n| assert_ne!(of(&bundle(n)), Owner::Gone));
+                    }
+                });
+            }
+            for n in 0..200 {
+                claimed.push(claim(&bundle(n)));
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(claimed.iter().all(|claim| matches!(claim, Ok(Some(_)))), "nobody else wanted them");
     }
 }
