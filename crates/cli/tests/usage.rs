@@ -88,6 +88,7 @@ fn help_of_every_command() {
 fn usage_errors_exit_with_125_and_say_what_is_wrong() {
     for (args, said) in [
         (&["run", "--no-such-flag", "busybox"][..], "--no-such-flag"),
+        (&["run", "--memory", "1g", "--memory", "2g", "busybox"], "cannot be used multiple times"),
         (&["run"], "required"),
         (&["run", "--memory", "lots", "busybox"], "expected a size"),
         (&["run", "--cpus", "0", "busybox"], "0.01 to 64"),
