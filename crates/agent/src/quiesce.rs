@@ -33,10 +33,13 @@ pub fn quiesce() -> io::Result<()> {
     Ok(())
 }
 
-/// Bytes of memory that nobody uses.
+/// Bytes of memory that nobody uses and a process can have: not those that the kernel keeps for itself.
 fn free() -> io::Result<u64> {
     let info = std::fs::read_to_string("/proc/meminfo")?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemFree:")?.trim().strip_suffix(" kB"));
-    let kib = line.and_then(|kib| kib.trim().parse::<u64>().ok());
-    kib.map(|kib| kib << 10).ok_or_else(|| io::Error::other("/proc/meminfo has no MemFree"))
+    let of = |key: &str| {
+        let line = info.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_suffix(" kB"));
+        let kib = line.and_then(|kib| kib.trim().parse::<u64>().ok());
+        kib.map(|kib| kib << 10).ok_or_else(|| io::Error::other(format!("/proc/meminfo has no {key}")))
+    };
+    Ok(of("MemFree:")?.min(of("MemAvailable:")?))
 }
