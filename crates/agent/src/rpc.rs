@@ -58,7 +58,8 @@ fn cells(n: u32) -> u16 {
 
 #[async_trait::async_trait]
 impl Agent for Service {
-    async fn hello(&self, _: &TtrpcContext, _: HelloRequest) -> Result<HelloResponse> {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Result<HelloResponse> {
+        self.sandbox.hello(request.unix_time_ns)?;
         Ok(HelloResponse {
             version: VERSION.to_owned(),
             kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
@@ -102,7 +103,7 @@ impl Agent for Service {
         let container = self.ordered(&request.id).await?;
         let mut phases = Phases::start();
         let pid = if request.exec_id.is_empty() {
-            container.start(&mut phases).await?;
+            container.start(self.around(), &mut phases).await?;
             container.pid()
         } else {
             container.start_added(&request.exec_id, self.around(), &mut phases).await?

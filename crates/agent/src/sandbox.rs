@@ -39,6 +39,17 @@ impl Sandbox {
         self.configured.load(Ordering::Relaxed)
     }
 
+    /// Gives the guest a time, if one is told and it has none yet.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn hello(&self, unix_time_ns: u64) -> Result<()> {
+        if unix_time_ns == 0 || self.is_configured() {
+            return Ok(());
+        }
+        set_clock(unix_time_ns).map_err(|e| Error::Internal(format!("setting the clock: {e}")))
+    }
+
     /// Gives the guest randomness, time and a name of its own.
     ///
     /// # Errors
@@ -74,9 +85,6 @@ impl Sandbox {
     /// # Errors
     /// When the name is no name, is in use, or there are too many.
     pub fn reserve(&self, id: &str) -> Result<tokio::sync::OwnedMutexGuard<Option<Arc<Container>>>> {
-        if !self.is_configured() {
-            return Err(Error::State("the guest is not configured yet".into()));
-        }
         check_id(id)?;
         let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         if containers.contains_key(id) {
@@ -128,7 +136,7 @@ impl Sandbox {
         around: Surroundings<'_>,
         phases: &mut Phases,
     ) -> Result<u32> {
-        match Container::create(request, around, phases).await {
+        match Container::create(request, self.is_configured(), around, phases).await {
             Ok(container) => {
                 let pid = container.pid();
                 *slot = Some(Arc::new(container));
@@ -146,7 +154,9 @@ impl Sandbox {
     /// # Errors
     /// When there are too many or the container refuses.
     pub async fn exec(&self, request: &api::ExecRequest) -> Result<()> {
-        check_id(&request.exec_id)?;
+        if !request.exec_id.is_empty() {
+            check_id(&request.exec_id)?;
+        }
         let container = self.container(&request.id).await?;
         let slots: Vec<Slot> =
             self.containers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();

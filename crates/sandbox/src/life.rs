@@ -38,7 +38,9 @@ use crate::{
     config::Config,
     paths::{Bundle, Id, Paths},
     record::{Exit, Record, Status},
-    stdio::{Plan, Streams, announce, token},
+    seccomp,
+    stdio::{Log, Plan, Streams, announce, token},
+    template,
     timings::Stopwatch,
 };
 
@@ -65,6 +67,8 @@ pub struct Sandbox {
     /// What it has on the host, to be freed at the end.
     host: Mutex<Host>,
     paused: Mutex<bool>,
+    /// The first process of a container that was made before it was known what to run.
+    first: Mutex<Option<Later>>,
     ended: watch::Sender<Ended>,
     /// An end is under way and somebody wants it at once.
     insisted: Notify,
@@ -78,6 +82,15 @@ struct Guest {
     agent: agent::Agent,
     /// Whether the guest writes to directories of the host.
     writes_host: bool,
+}
+
+/// A process that is made after its container.
+struct Later {
+    /// OCI Process.
+    process: OciProcess,
+    seccomp: seccomp::Filter,
+    plan: Plan,
+    log: Option<Log>,
 }
 
 /// What a sandbox has on the host besides its bundle.
@@ -144,6 +157,7 @@ impl Sandbox {
             begun: Mutex::default(),
             host: Mutex::default(),
             paused: Mutex::default(),
+            first: Mutex::default(),
             ended: watch::Sender::default(),
             insisted: Notify::new(),
             watch,
@@ -197,8 +211,9 @@ impl Sandbox {
         }
     }
 
-    fn container(&self) -> &str {
-        self.id.as_str()
+    /// The container's name in the guest: every sandbox's, so that a template can hold it.
+    fn container(&self) -> &'static str {
+        template::CONTAINER
     }
 
     /// Changes the record, here and on disk.
@@ -224,8 +239,12 @@ impl Sandbox {
         }
         let guest = self.guest()?;
         let phase = self.watch.phase("start");
-        let started = match process.wanted().and_then(|wanted| wanted.process.map(|oci| (wanted.plan, oci))) {
-            Some((plan, oci)) => self.start_added(guest, &process, &plan, &oci).await,
+        let added = process.wanted().and_then(|Wanted { plan, process, .. }| {
+            Some(Later { process: process?, seccomp: seccomp::Filter::default(), plan, log: None })
+        });
+        let first = if exec_id.is_empty() { lock(&self.first).take() } else { None };
+        let started = match added.or(first) {
+            Some(later) => self.start_later(guest, &process, later).await,
             None => guest.agent.start(self.container(), "").await,
         };
         drop(phase);
@@ -249,17 +268,13 @@ impl Sandbox {
         }
     }
 
-    /// An added process is made and started in one go: the requests follow each other without waiting for answers.
-    async fn start_added(
-        &self,
-        guest: &Guest,
-        process: &Process,
-        plan: &Plan,
-        oci: &OciProcess,
-    ) -> Result<u32, Error> {
-        let json = serde_json::to_vec(oci).map_err(|e| Error::Invalid(e.to_string()))?;
+    /// A process that was not made with the container is made and started in one go: the requests follow each other without
+    /// waiting for answers.
+    async fn start_later(&self, guest: &Guest, process: &Process, later: Later) -> Result<u32, Error> {
+        let Later { process: oci, seccomp, plan, log } = later;
+        let json = serde_json::to_vec(&oci).map_err(|e| Error::Invalid(e.to_string()))?;
         let token = token();
-        let (width, height) = size(oci);
+        let (width, height) = size(&oci);
         let request = api::ExecRequest {
             id: self.container().into(),
             exec_id: process.exec_id.clone(),
@@ -267,10 +282,12 @@ impl Sandbox {
             terminal: plan.terminal,
             width,
             height,
-            stdio: Some(announce(plan, token)).into(),
+            stdio: Some(announce(&plan, token)).into(),
+            seccomp: seccomp.program,
+            seccomp_flags: seccomp.flags,
             ..Default::default()
         };
-        let streams = Streams::connect(&*guest.channel, token, plan, &process.hub, None);
+        let streams = Streams::connect(&*guest.channel, token, &plan, &process.hub, log);
         let (added, started, streams) = tokio::join!(
             guest.agent.exec(&request),
             guest.agent.start(self.container(), &process.exec_id),

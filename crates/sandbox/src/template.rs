@@ -1,9 +1,11 @@
-//! Templates: saved machines that are booted and empty, from which sandboxes start in a fraction of a boot.
+//! Templates: saved machines that are booted, from which sandboxes start in a fraction of a boot. They are empty, or hold a
+//! container without its process ([`Prepared`]).
 //!
 //! `templates/<key>/` holds `template.json` and what the monitor saved. The key is a hash of everything that a saved machine
 //! depends on, so one that does not match is never found, and is collected once nothing can match it any more.
 
 mod build;
+mod prepared;
 
 use std::{
     fs, io,
@@ -11,7 +13,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use build::{build, build_in_background};
+pub use build::{build, build_in_background, build_prepared};
+pub use prepared::{CONTAINER, Held, Prepared};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -92,6 +95,9 @@ pub struct Shape {
     pub memory_mib: u64,
     /// Whether the machine has a scratch disk.
     pub scratch: bool,
+    /// The container in it; absent: it is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<Held>,
 }
 
 /// What a template says of itself.
@@ -288,6 +294,11 @@ fn collect(paths: &Paths, current: &str) {
     let Ok(mut found) = list(paths) else { return };
     found.retain(|template| template.as_ref().map_or(true, |t| t.meta.key != current));
     let shape = read(&paths.templates().join(current)).ok().map(|template| template.meta.shape);
+    // The empty ones first: those with a container are made from them.
+    let holds = |template: &Result<Template, Error>| {
+        template.as_ref().is_ok_and(|t| t.meta.shape.container.is_some())
+    };
+    found.sort_by_key(holds);
     for (age, template) in found.iter().enumerate() {
         let dir = match template {
             Ok(template) => {
@@ -310,8 +321,14 @@ fn collect(paths: &Paths, current: &str) {
 impl Shape {
     /// Whether sandboxes with the same wishes would use both.
     fn same_use(&self, other: &Self) -> bool {
-        (&self.accelerator, self.vcpus, self.memory_mib, self.scratch)
-            == (&other.accelerator, other.vcpus, other.memory_mib, other.scratch)
+        let container = match (&self.container, &other.container) {
+            (None, None) => true,
+            (Some(this), Some(that)) => this.same(that),
+            _ => false,
+        };
+        container
+            && (&self.accelerator, self.vcpus, self.memory_mib, self.scratch)
+                == (&other.accelerator, other.vcpus, other.memory_mib, other.scratch)
     }
 }
 

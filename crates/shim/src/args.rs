@@ -15,8 +15,14 @@ use kapsel_sandbox::paths::Id;
 pub enum Command {
     /// Own a sandbox.
     Serve(Serve),
-    /// Build the template for sandboxes with these annotations.
-    BuildTemplate(HashMap<String, String>),
+    /// Build the template for sandboxes with these annotations; with a root file system the one that holds the container which the
+    /// request on standard input makes.
+    BuildTemplate {
+        /// Of the sandboxes.
+        annotations: HashMap<String, String>,
+        /// Of the container.
+        rootfs: Option<PathBuf>,
+    },
     /// Say which version this is.
     Version,
 }
@@ -41,7 +47,12 @@ pub fn parse(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Command
     let command = args.next().unwrap_or_default();
     match command.to_str() {
         Some("serve") => serve(&options(args)?),
-        Some("build-template") => annotations(&options(args)?).map(Command::BuildTemplate),
+        Some("build-template") => {
+            let mut options = options(args)?;
+            let rootfs =
+                options.iter().position(|(name, _)| name == "--rootfs").map(|n| options.remove(n).1.into());
+            Ok(Command::BuildTemplate { annotations: annotations(&options)?, rootfs })
+        }
         Some("--version" | "-v") => Ok(Command::Version),
         _ => bail!(
             "{command:?} is no command of this program, which kapsel starts by itself: use `kapsel run` to get a sandbox"
@@ -112,10 +123,12 @@ mod tests {
         let Command::Serve(serve) = run(&line).unwrap() else { panic!("{line}") };
         assert_eq!((serve.socket, serve.attach, serve.leash), (3, 4, Some(5)));
         assert_eq!((serve.bundle, serve.id.as_str()), (PathBuf::from("/b"), id.as_str()));
-        let Command::BuildTemplate(annotations) = run("build-template --annotation a=b=c").unwrap() else {
+        let Command::BuildTemplate { annotations, rootfs } =
+            run("build-template --annotation a=b=c --rootfs /x").unwrap()
+        else {
             panic!("a template")
         };
-        assert_eq!(annotations["a"], "b=c");
+        assert_eq!((annotations["a"].as_str(), rootfs), ("b=c", Some("/x".into())));
         assert_eq!(run("--version").unwrap(), Command::Version);
     }
 

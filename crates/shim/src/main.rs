@@ -20,7 +20,13 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use args::Command;
-use kapsel_sandbox::{annotations::Wishes, config::Config, paths::Paths, template, timings::Stopwatch};
+use kapsel_sandbox::{
+    annotations::Wishes,
+    config::Config,
+    paths::Paths,
+    template::{self, Prepared},
+    timings::Stopwatch,
+};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -56,9 +62,16 @@ fn run(watch: Stopwatch) -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     match command {
         Command::Serve(serve) => runtime.block_on(serve::serve(paths, config, serve, watch)),
-        Command::BuildTemplate(annotations) => {
+        Command::BuildTemplate { annotations, rootfs } => {
             let wishes = Wishes::parse(&annotations)?;
-            let template = runtime.block_on(template::build(&paths, &config, &wishes))?;
+            let template = match rootfs {
+                Some(rootfs) => {
+                    let prepared = Prepared::read(rootfs, std::io::stdin())
+                        .context("cannot read the request for the container from standard input")?;
+                    runtime.block_on(template::build_prepared(&paths, &config, &wishes, &prepared))?
+                }
+                None => runtime.block_on(template::build(&paths, &config, &wishes))?,
+            };
             tracing::info!(key = template.meta.key, "the template is there");
             Ok(())
         }

@@ -3,6 +3,7 @@
 //!
 //! The child is a fork of the agent: it shares nothing with it, reports over one socket, and ends by execve(2) or _exit(2).
 
+use std::borrow::Cow;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -13,6 +14,7 @@ use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 use crate::sys::{self, MountAttr};
 
 use super::mounts::{self, CgroupView};
+use super::order::{self, Order};
 use super::plan::Plan;
 use super::process::ProcessPlan;
 use super::report::{ChildError, During, Message, Step, Stopwatch};
@@ -50,12 +52,19 @@ pub fn container(
         let mut watch = Stopwatch::start();
         let tty = build(plan, cgroup, joined, inherited, &mut watch)?;
         report(inherited, &Message::Ready(watch.into_laps(), tty))?;
-        let mut watch = wait_for_start(inherited)?;
+        let process = match &plan.process {
+            Some(process) => {
+                wait_for_byte(inherited)?;
+                Cow::Borrowed(process)
+            }
+            None => Cow::Owned(wait_for_order(inherited)?),
+        };
+        let mut watch = Stopwatch::start();
         if !plan.start_hooks.is_empty() {
             hooks::run(&plan.start_hooks, id, inherited)?;
             watch.lap(Step::Hooks);
         }
-        finish::execute(&plan.process, watch, inherited.socket)
+        finish::execute(&process, watch, inherited.socket)
     };
     fail(run().err(), inherited)
 }
@@ -117,9 +126,21 @@ fn wait_for_byte(inherited: &Inheritance<'_>) -> Result<(), ChildError> {
     }
 }
 
-fn wait_for_start(inherited: &Inheritance<'_>) -> Result<Stopwatch, ChildError> {
-    wait_for_byte(inherited)?;
-    Ok(Stopwatch::start())
+/// Waits to be told which process to become, and takes its streams.
+fn wait_for_order(inherited: &Inheritance<'_>) -> Result<ProcessPlan, ChildError> {
+    let order = order::receive(inherited.socket).during(Step::Wake, || "waiting for the agent".into())?;
+    let Some(Order { process, stdio }) = order else { sys::exit_now(0) };
+    if let Some(streams) = &stdio {
+        take_streams(streams)?;
+    }
+    let mut tty = None;
+    if let Some(size) = process.terminal {
+        let root = Root::open(c"/").during(Step::Terminal, || "opening the container's root".into())?;
+        tty = Some(terminal::open(&root, size, true)?);
+    }
+    finish::make_cwd(&process);
+    report(inherited, &Message::Ready(vec![], tty))?;
+    Ok(process)
 }
 
 /// Everything up to the point where the program would be executed. Returns the terminal's master side.
@@ -152,7 +173,7 @@ fn build(
     rustix::process::umask(Mode::from_raw_mode(0o022));
     watch.lap(Step::Devices);
     let mut tty = None;
-    if let Some(size) = plan.process.terminal {
+    if let Some(size) = plan.process.as_ref().and_then(|process| process.terminal) {
         tty = Some(terminal::open(&root, size, true)?);
         watch.lap(Step::Terminal);
     }
@@ -161,7 +182,7 @@ fn build(
     watch.lap(Step::Hostname);
     pivot(&root, &old_root)?;
     watch.lap(Step::Pivot);
-    finish::make_cwd(&plan.process);
+    plan.process.iter().for_each(finish::make_cwd);
     mounts::protect(&plan.masked_paths, &plan.readonly_paths, null)?;
     finish_root(plan, &root)?;
     watch.lap(Step::Mask);
@@ -171,10 +192,12 @@ fn build(
 fn connect_stdio(inherited: &Inheritance<'_>) -> Result<(), ChildError> {
     // A session of its own, without the agent's terminal, which a new one can be given.
     rustix::process::setsid().during(Step::Wake, || "making a session".into())?;
-    if let Some(streams) = inherited.stdio {
-        for (stream, number) in streams.iter().zip(0..) {
-            sys::dup_onto(stream, number).during(Step::Wake, || "connecting the standard streams".into())?;
-        }
+    inherited.stdio.map_or(Ok(()), take_streams)
+}
+
+fn take_streams(streams: &[OwnedFd; 3]) -> Result<(), ChildError> {
+    for (stream, number) in streams.iter().zip(0..) {
+        sys::dup_onto(stream, number).during(Step::Wake, || "connecting the standard streams".into())?;
     }
     Ok(())
 }

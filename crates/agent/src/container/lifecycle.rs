@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kapsel_protocol::{api, limits};
 use rustix::fs::{Mode, OFlags};
@@ -19,6 +19,7 @@ use crate::sys;
 
 use super::cgroup::{self, Cgroup};
 use super::child::{self, Inheritance, Joined};
+use super::order;
 use super::plan::{self, Plan};
 use super::process::{ProcessPlan, Seccomp};
 use super::running::{Birthplace, Running, Stdio};
@@ -38,7 +39,16 @@ pub struct Container {
     mount_namespace: Mutex<Option<OwnedFd>>,
     started: AtomicBool,
     paused: AtomicBool,
+    /// The first process, when it came after the container.
+    given: OnceLock<Given>,
     execs: Mutex<HashMap<String, Arc<Added>>>,
+}
+
+/// A first process that was given to a container.
+#[derive(Debug)]
+struct Given {
+    plan: ProcessPlan,
+    request: api::ExecRequest,
 }
 
 /// A process added to a container.
@@ -63,18 +73,25 @@ pub struct Surroundings<'a> {
 static SERIAL: AtomicU64 = AtomicU64::new(cgroup::FIRST);
 
 impl Container {
-    /// Builds a container up to the point where its program would be executed.
+    /// Builds a container up to the point where its program would be executed. In a guest that is not configured it must not have
+    /// a program: the guest's randomness is not its own yet.
     ///
     /// # Errors
     /// Nothing of it is left then.
     pub async fn create(
         request: &api::CreateRequest,
+        configured: bool,
         around: Surroundings<'_>,
         phases: &mut Phases,
     ) -> Result<Self> {
         let seccomp = Seccomp::new(request.seccomp.clone(), request.seccomp_flags)?;
         let mut plan = Plan::new(&request.spec, seccomp, request.terminal)?;
-        set_size(&mut plan.process, request.width, request.height);
+        if let Some(process) = &mut plan.process {
+            if !configured {
+                return Err(Error::State("the guest is not configured yet".into()));
+            }
+            process.set_size(request.width, request.height);
+        }
         phases.lap("plan");
         let mut storages = Mounted::mount(&request.storages).await?;
         phases.lap("storages");
@@ -98,6 +115,7 @@ impl Container {
                 init: Arc::new(init),
                 started: AtomicBool::new(false),
                 paused: AtomicBool::new(false),
+                given: OnceLock::new(),
                 execs: Mutex::default(),
             }),
             Err(error) => {
@@ -132,7 +150,7 @@ impl Container {
         })?;
         phases.lap("clone");
         let built = async {
-            set_oom_score(init.pid, plan.process.oom_score_adj)?;
+            set_oom_score(init.pid, plan.process.as_ref().and_then(|process| process.oom_score_adj))?;
             let timings = init.until_ready(plan.id_maps.as_ref()).await?;
             Ok::<_, Error>(timings)
         };
@@ -161,11 +179,22 @@ impl Container {
     ///
     /// # Errors
     /// When it was started before, or cannot be executed; the container has then ended with code 127 or 126.
-    pub async fn start(&self, phases: &mut Phases) -> Result<()> {
+    pub async fn start(&self, around: Surroundings<'_>, phases: &mut Phases) -> Result<()> {
+        if self.first_process().is_none() {
+            return Err(Error::State(format!("container {} has no process yet", self.id)));
+        }
         if self.started.swap(true, Ordering::Relaxed) {
             return Err(Error::State(format!("container {} was started before", self.id)));
         }
-        self.init.release()?;
+        match self.given.get() {
+            None => self.init.release()?,
+            Some(Given { plan, request }) => {
+                set_oom_score(self.init.pid, plan.oom_score_adj)?;
+                self.init.order(request, around.streams)?;
+                self.init.until_ready(None).await?;
+                self.init.pump_terminal(request.stdio.get_or_default(), around.streams);
+            }
+        }
         let timings = self.init.until_executed().await?;
         phases.child(&timings);
         phases.lap("start");
@@ -177,8 +206,14 @@ impl Container {
     /// # Errors
     /// For a process that cannot be, and a name that is in use.
     pub fn exec(&self, request: &api::ExecRequest) -> Result<()> {
-        let mut plan = ProcessPlan::for_exec(&request.process, &self.plan.process, request.terminal)?;
-        set_size(&mut plan, request.width, request.height);
+        if request.exec_id.is_empty() {
+            return self.give_process(request);
+        }
+        let Some(first) = self.first_process() else {
+            return Err(Error::State(format!("container {} has no process yet", self.id)));
+        };
+        let mut plan = ProcessPlan::for_exec(&request.process, first, request.terminal)?;
+        plan.set_size(request.width, request.height);
         let added = Added {
             plan,
             stdio: request.stdio.clone().unwrap_or_default(),
@@ -194,6 +229,20 @@ impl Container {
         }
         execs.insert(request.exec_id.clone(), Arc::new(added));
         Ok(())
+    }
+
+    /// Plans the first process of a container that was created without one.
+    fn give_process(&self, request: &api::ExecRequest) -> Result<()> {
+        let plan = order::plan(request)?;
+        let twice = || Error::Exists(format!("container {} has its first process already", self.id));
+        if self.plan.process.is_some() {
+            return Err(twice());
+        }
+        self.given.set(Given { plan, request: request.clone() }).map_err(|_| twice())
+    }
+
+    fn first_process(&self) -> Option<&ProcessPlan> {
+        self.plan.process.as_ref().or_else(|| self.given.get().map(|given| &given.plan))
     }
 
     /// How many processes were added and not yet deleted.
@@ -442,15 +491,6 @@ async fn ended(running: &Running, force: bool, message: impl FnOnce() -> String)
     tokio::time::timeout(limits::CALL_DEADLINE, running.wait())
         .await
         .map_err(|_| Error::Internal("the process does not die".into()))
-}
-
-fn set_size(process: &mut ProcessPlan, width: u32, height: u32) {
-    let cells = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-    if let Some(size) = &mut process.terminal
-        && (width, height) != (0, 0)
-    {
-        *size = (cells(width), cells(height));
-    }
 }
 
 fn set_oom_score(pid: i32, score: Option<i32>) -> Result<()> {

@@ -22,6 +22,7 @@ pub mod lifecycle;
 pub mod limits;
 pub mod mounts;
 pub mod options;
+pub mod order;
 pub mod plan;
 pub mod process;
 pub mod report;

@@ -98,8 +98,8 @@ pub struct Plan {
     pub device_rules: Rules,
     /// Run in the container before its program.
     pub start_hooks: Vec<HookPlan>,
-    /// The first process.
-    pub process: ProcessPlan,
+    /// The first process; `None`: it comes later.
+    pub process: Option<ProcessPlan>,
 }
 
 /// One mount.
@@ -175,7 +175,6 @@ impl Plan {
         if spec.linux.seccomp.is_some() && seccomp.program.is_empty() {
             return invalid("linux.seccomp is set but no compiled filter came with it");
         }
-        let Some(process) = &spec.process else { return invalid("process is missing") };
         let Some(root) = spec.root.as_ref().filter(|root| root.path.starts_with('/')) else {
             return invalid("root.path is missing or not absolute");
         };
@@ -210,7 +209,10 @@ impl Plan {
             cgroup: settings(&resources)?,
             device_rules: Rules::parse(&resources.devices)?,
             start_hooks: spec.hooks.start_container.iter().map(hook).collect::<Result<_>>()?,
-            process: ProcessPlan::new(process, seccomp, terminal)?,
+            process: match &spec.process {
+                Some(process) => Some(ProcessPlan::new(process, seccomp, terminal)?),
+                None => None,
+            },
         })
     }
 }
@@ -496,7 +498,6 @@ mod tests {
         let cases = [
             (r#"{"ociVersion":"2.0"}"#, "ociVersion"),
             (r#"{"root":{"path":"relative"}}"#, "root.path"),
-            (r#"{"process":null}"#, "process is missing"),
             (r#"{"process":{"args":[]}}"#, "process.args"),
             (r#"{"process":{"args":["a\u0000b"]}}"#, "NUL"),
             (r#"{"process":{"cwd":"x"}}"#, "process.cwd"),

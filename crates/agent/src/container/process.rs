@@ -125,15 +125,20 @@ impl ProcessPlan {
         })
     }
 
+    /// The first process of a container that was made without one.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and when `json` is not OCI's.
+    pub fn for_start(json: &[u8], seccomp: Seccomp, terminal: bool) -> Result<Self> {
+        Self::new(&parse(json)?, seccomp, terminal)
+    }
+
     /// A process that joins a running container: what it leaves open is as for the container's first.
     ///
     /// # Errors
     /// As [`Self::new`], and when `json` is not OCI's.
     pub fn for_exec(json: &[u8], init: &Self, terminal: bool) -> Result<Self> {
-        if json.len() > limits::SPEC_MAX {
-            return invalid(format!("the process has {} bytes, more than {}", json.len(), limits::SPEC_MAX));
-        }
-        let spec: oci::Process = serde_json::from_slice(json)?;
+        let spec = parse(json)?;
         let mut process = Self::new(&spec, init.seccomp.clone(), terminal)?;
         process.capabilities = process.capabilities.or(init.capabilities);
         process.no_new_privileges |= init.no_new_privileges;
@@ -144,10 +149,27 @@ impl ProcessPlan {
         Ok(process)
     }
 
+    /// Sets the terminal's size, when it has one and the size is known.
+    pub fn set_size(&mut self, width: u32, height: u32) {
+        let cells = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        if let Some(size) = &mut self.terminal
+            && (width, height) != (0, 0)
+        {
+            *size = (cells(width), cells(height));
+        }
+    }
+
     /// The value of a variable of the environment; the last one wins.
     pub fn variable<'a>(env: &'a [CString], name: &str) -> Option<&'a [u8]> {
         env.iter().rev().find_map(|entry| entry.to_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"="))
     }
+}
+
+fn parse(json: &[u8]) -> Result<oci::Process> {
+    if json.len() > limits::SPEC_MAX {
+        return invalid(format!("the process has {} bytes, more than {}", json.len(), limits::SPEC_MAX));
+    }
+    Ok(serde_json::from_slice(json)?)
 }
 
 fn refuse_unsupported(spec: &oci::Process) -> Result<()> {

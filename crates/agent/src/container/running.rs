@@ -182,6 +182,19 @@ impl Running {
         Ok(())
     }
 
+    /// Tells a child that waits for it which process to become.
+    ///
+    /// # Errors
+    /// For streams that cannot be made, and when the child is gone.
+    pub fn order(&self, request: &api::ExecRequest, streams: &Streams) -> Result<()> {
+        let mut stdio = Stdio::new(request.stdio.get_or_default(), request.terminal)?;
+        super::order::send(self.control.get_ref(), request, stdio.child.as_ref())
+            .map_err(|error| Error::State(format!("the process has ended ({error})")))?;
+        stdio.child = None;
+        stdio.pump(streams);
+        Ok(())
+    }
+
     /// Waits until the program runs.
     ///
     /// # Errors

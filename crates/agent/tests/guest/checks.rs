@@ -22,6 +22,44 @@ fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Result<(Code, String)> 
 pub async fn nothing_runs_before_configure(machine: &Machine) -> Result<()> {
     let refused = code(machine.create("early", &spec("early", &["true"]), api::Stdio::default()).await)?;
     ensure!(refused.0 == Code::FAILED_PRECONDITION, "{refused:?}");
+    // Without a process they can be made, as a template has them.
+    for id in ["early", "early-tty"] {
+        let mut spec = spec(id, &[]);
+        spec["process"] = Value::Null;
+        machine.create(id, &spec, api::Stdio::default()).await?;
+    }
+    let refused = code(machine.start("early", "").await)?;
+    ensure!(refused.0 == Code::FAILED_PRECONDITION, "{refused:?}");
+    Ok(())
+}
+
+pub async fn a_process_comes_later(machine: &Machine) -> Result<()> {
+    let refused = code(machine.start("early", "").await)?;
+    ensure!(refused.0 == Code::FAILED_PRECONDITION, "started without a process: {refused:?}");
+    let bad = machine.add("early", "", &process(&[]), api::Stdio::default(), false).await;
+    ensure!(bad.is_err_and(|error| error.to_string().contains("args")), "a process without a program");
+    let mut shell = process(&["sh", "-c", "id -un; pwd; echo $$; cat; exit 9"]);
+    shell["user"] = json!({ "username": "web" });
+    shell["cwd"] = json!("/tmp/made");
+    let (token, stdio) = piped();
+    machine.add("early", "", &shell, stdio, false).await?;
+    let twice = machine.add("early", "", &shell, api::Stdio::default(), false).await;
+    ensure!(twice.is_err_and(|error| error.to_string().contains("already")), "two first processes");
+    let start = async { machine.start("early", "").await.map(drop) };
+    let done = machine.talk(token, b"typed\n", start, "early", "").await?;
+    ensure!(done.code == 9 && done.stdout == "web\n/tmp/made\n1\ntyped\n", "{done:?}");
+    machine.delete("early", "", false).await?;
+
+    let token = crate::machine::token();
+    let stdio = api::Stdio { token: token.to_string(), ..Default::default() };
+    machine.add("early-tty", "", &process(&["sh", "-c", "tty; test -c /dev/console"]), stdio, true).await?;
+    let mut tty = machine.stream(token, Kind::Tty).await?;
+    machine.start("early-tty", "").await?;
+    let mut text = String::new();
+    tty.read_to_string(&mut text).await?;
+    ensure!(text.starts_with("/dev/pts/0") || text.starts_with("/dev/console"), "{text:?}");
+    ensure!(machine.wait("early-tty", "").await?.exit_code == 0);
+    machine.delete("early-tty", "", false).await?;
     Ok(())
 }
 

@@ -60,6 +60,7 @@ async fn run() -> Result<()> {
     check!(
         machine,
         failed,
+        a_process_comes_later,
         phases_are_told,
         exit_codes_and_signals,
         namespaces_are_its_own,

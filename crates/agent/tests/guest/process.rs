@@ -199,7 +199,8 @@ impl Machine {
         Ok(())
     }
 
-    async fn talk(
+    /// Starts a process and carries its streams to their end.
+    pub async fn talk(
         &self,
         token: Token,
         input: &[u8],

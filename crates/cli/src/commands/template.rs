@@ -27,6 +27,8 @@ struct Listed {
     memory: u64,
     /// It has a scratch disk.
     scratch: bool,
+    /// The root file system of the container in it; null: it is empty.
+    container: Option<String>,
     /// RFC 3339.
     created_at: String,
     /// Bytes on the disk.
@@ -43,6 +45,7 @@ impl From<Template> for Listed {
             vcpus: meta.shape.vcpus,
             memory: meta.shape.memory_mib << 20,
             scratch: meta.shape.scratch,
+            container: meta.shape.container.map(|held| held.rootfs),
             created_at: time::rfc3339(meta.created_at),
             disk_usage,
         }
@@ -70,7 +73,8 @@ fn list(host: &Host, json: bool) -> Outcome {
         output::json(&listed);
         return Ok(0);
     }
-    let mut table = Table::new(&["KEY", "MACHINE", "CPUS", "MEMORY", "KERNEL", "CREATED", "ON DISK"]);
+    let mut table =
+        Table::new(&["KEY", "MACHINE", "CPUS", "MEMORY", "KERNEL", "HOLDS", "CREATED", "ON DISK"]);
     for template in listed {
         table.row([
             template.key.chars().take(12).collect(),
@@ -78,6 +82,7 @@ fn list(host: &Host, json: bool) -> Outcome {
             template.vcpus.to_string(),
             size::bytes(template.memory),
             template.kernel,
+            template.container.map_or_else(|| "-".into(), |rootfs| rootfs.chars().take(19).collect()),
             template.created_at,
             size::bytes(template.disk_usage),
         ]);

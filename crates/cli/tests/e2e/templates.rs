@@ -19,6 +19,49 @@ fn clones_share_no_randomness_and_no_name() {
     }
 }
 
+/// What a process can see of its container that must not depend on how the container came to be.
+const LOOK_AROUND: &str = "grep -E 'Cap|Secc|NoNew|Uid|Gid|Groups' /proc/self/status; cat /proc/mounts /proc/self/cgroup; \
+    ls -l /dev | awk '{print $1, $3, $4, $5, $6, $NF}'; ls /proc/self/fd; cat /sys/fs/cgroup/pids.max; ulimit -a; env; pwd";
+
+#[test]
+fn a_container_that_was_made_before_is_like_any_other() {
+    let world = world!();
+    let shape = ["-m", "88m", "--pids-limit", "99"];
+    let run = |flags: &[&str], command: &[&str]| {
+        world.ok([&["run", "--rm"][..], &shape, flags, &["busybox"], command].concat())
+    };
+    let cold = run(&["--cold", "--hostname", "same"], &["sh", "-c", LOOK_AROUND]);
+    let held = [
+        &["run", "--name", "e2e-held", "--hostname", "same"][..],
+        &shape,
+        &["busybox", "sh", "-c", LOOK_AROUND],
+    ];
+    // The first of its shape makes its container, and has the template built; some time later it is found made.
+    let begun = std::time::Instant::now();
+    loop {
+        let _ = world.run(["rm", "-f", "e2e-held"]);
+        assert_eq!(world.ok(held.concat()), cold);
+        let timings = world.inspect("e2e-held")["timings"].to_string();
+        assert!(timings.contains("guest: start"), "{timings}");
+        if !timings.contains("guest: create") {
+            break;
+        }
+        assert!(begun.elapsed() < crate::world::PATIENCE, "no template with a container was built");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert_eq!(world.ok(["logs", "e2e-held"]), cold);
+    world.ok(["rm", "e2e-held"]);
+
+    let script = "echo $A; id -u; id -g; pwd; cat; exit 7";
+    let own = ["run", "--rm", "-i", "-u", "65534:7", "-e", "A=b", "-w", "/tmp/new"];
+    let ran = world.run_with([&own[..], &shape, &["busybox", "sh", "-c", script]].concat(), b"typed");
+    assert_eq!((ran.code, ran.text().as_str()), (7, "b\n65534\n7\n/tmp/new\ntyped"), "{}", ran.stderr);
+    for (program, code) in [("/nowhere", 127), ("/etc/passwd", 126)] {
+        let ran = world.run([&["run", "--rm"][..], &shape, &["busybox", program]].concat());
+        assert_eq!(ran.code, code, "{}", ran.stderr);
+    }
+}
+
 #[test]
 fn clones_know_what_time_it_is() {
     let world = world!();
@@ -37,7 +80,8 @@ fn spoilt(world: &World, memory: &str, spoil: impl Fn(&std::path::Path)) {
     let dir = world.root().join("templates").join(key.trim());
     let run = |name: &str| {
         let _ = world.run(["rm", "-f", name]);
-        let out = world.ok(["run", "--name", name, "-m", memory, "busybox", "echo", "fine"]);
+        // Of a container with a read-only root no template is made, so that there is only this one.
+        let out = world.ok(["run", "--name", name, "-m", memory, "--read-only", "busybox", "echo", "fine"]);
         assert_eq!(out, "fine\n");
         let cloned = world.inspect(name)["isolation"]["template"].clone();
         world.ok(["rm", name]);

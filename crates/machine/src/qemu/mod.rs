@@ -106,11 +106,7 @@ impl Monitor for Qemu {
         let begun = Instant::now();
         let mut start = Start::default();
         let memory = if spec.template {
-            let dir = spec.memory_dir.as_ref().unwrap_or(&spec.dir);
-            let path = dir.join("memory");
-            snapshot::create_memory(&path, spec)?;
-            process::give(&path, spec)?;
-            start.memory_file = Some(path);
+            start.memory_file = Some(memory_file(spec)?);
             Memory::File
         } else if !spec.shares.is_empty() {
             start.memory_fd = Some(snapshot::empty_memory(spec)?);
@@ -136,10 +132,20 @@ impl Monitor for Qemu {
         let state = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
         // Not mapped privately: QEMU before 8.1 punches what the guest reports as free out of the file behind such a mapping, which
         // would eat the template; and a taken-over monitor could write to a file that it has open.
-        let memory = Memory::Shared;
-        let memory_fd = snapshot::empty_memory(spec)?;
-        let copy = snapshot::copy_memory(&snapshot.dir.join("memory"), &memory_fd)?;
-        let start = Start { state: Some(state), memory_fd: Some(memory_fd), ..Start::default() };
+        let mut start = Start { state: Some(state), ..Start::default() };
+        let from = snapshot.dir.join("memory");
+        let (memory, copy) = if spec.template {
+            let path = memory_file(spec)?;
+            let copy = snapshot::copy_memory(&from, &snapshot::open_memory(&path)?)?;
+            start.memory_file = Some(path);
+            (Memory::File, copy)
+        } else {
+            let memory = snapshot::empty_memory(spec)?;
+            let copy = snapshot::copy_memory(&from, &memory)?;
+            start.memory_fd = Some(memory);
+            (Memory::Shared, copy)
+        };
+        let memory_file = start.memory_file.clone();
         // QEMU starts meanwhile; it looks at the memory no sooner than it is told to load the state.
         let copy = tokio::task::spawn_blocking(move || copy.run().map(|()| begun.elapsed()));
         let prepared = begun.elapsed();
@@ -168,8 +174,16 @@ impl Monitor for Qemu {
             ("restore", restored),
             ("shares", up.elapsed() - restored),
         ];
-        Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, memory, None, phases)))
+        Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, memory, memory_file, phases)))
     }
+}
+
+/// The memory of a machine that is to be saved: a file, which the monitor's user may write.
+fn memory_file(spec: &MachineSpec) -> Result<PathBuf> {
+    let path = spec.memory_dir.as_ref().unwrap_or(&spec.dir).join("memory");
+    snapshot::create_memory(&path, spec)?;
+    process::give(&path, spec)?;
+    Ok(path)
 }
 
 /// Plugs in the share `n`, whose connection QEMU has.

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
@@ -91,7 +91,7 @@ fn changed(path: &Path) -> Result<(i64, i64)> {
 
 /// Creates a memory file of the machine's size.
 pub(super) fn create_memory(path: &Path, spec: &MachineSpec) -> Result<()> {
-    let file = File::options().create_new(true).read(true).write(true).open(path);
+    let file = File::options().create_new(true).read(true).write(true).mode(0o600).open(path);
     let file = file.context(|| format!("cannot create {}", path.display()))?;
     file.set_len(u64::from(spec.memory_mib) << 20).context(|| format!("cannot size {}", path.display()))
 }
@@ -159,6 +159,12 @@ impl Copy {
         }
         Ok(())
     }
+}
+
+/// Opens a memory file to write.
+pub(super) fn open_memory(path: &Path) -> Result<OwnedFd> {
+    let file = File::options().write(true).open(path);
+    file.map(OwnedFd::from).context(|| format!("cannot open {}", path.display()))
 }
 
 /// An empty memfd of the machine's size.

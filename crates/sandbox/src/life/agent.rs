@@ -46,7 +46,16 @@ impl Agent {
     /// # Errors
     /// When it does not answer, or is another's.
     pub async fn hello(&self) -> Result<String, Error> {
-        let request = api::HelloRequest { version: VERSION.into(), ..Default::default() };
+        self.hello_at(0).await
+    }
+
+    /// Like [`Self::hello`], to a guest that is to make files before it is configured: tells it the time, in nanoseconds since
+    /// 1970.
+    ///
+    /// # Errors
+    /// When it does not answer, or is another's.
+    pub async fn hello_at(&self, unix_time_ns: u64) -> Result<String, Error> {
+        let request = api::HelloRequest { version: VERSION.into(), unix_time_ns, ..Default::default() };
         let deadline = limits::HELLO_DEADLINE;
         let reply = call("Hello", deadline, self.client.hello(within(deadline), &request)).await?;
         if reply.version != VERSION {

@@ -6,7 +6,7 @@ use kapsel_machine::{Machine, Snapshot};
 use kapsel_protocol::api;
 
 use super::{
-    Cause, Error, Guest, Sandbox, State, Wanted,
+    Cause, Error, Guest, Later, Sandbox, State, Wanted,
     agent::Agent,
     blueprint::{self, Blueprint, Occupant, Scratch},
     guest_spec::{self, GuestSpec, Rootfs},
@@ -20,7 +20,7 @@ use crate::{
     record::MachineInfo,
     seccomp::{self, Filter},
     stdio::{Log, Plan, Streams, announce, token},
-    template,
+    template::{self, Held, Prepared, Template},
 };
 
 /// Memory of the monitor beside its guest's: QEMU itself, and the code that TCG translates.
@@ -58,6 +58,20 @@ pub struct CreateRequest {
     pub rootfs: Vec<RootfsMount>,
     /// The first process's streams.
     pub io: IoRequest,
+}
+
+/// How a sandbox's machine came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It booted.
+    Boot,
+    /// A clone of an empty template.
+    Template,
+    /// A clone of a template with the container in it, whose first process waits.
+    Prepared {
+        /// In the guest.
+        pid: u32,
+    },
 }
 
 impl Sandbox {
@@ -98,6 +112,7 @@ impl Sandbox {
         let name = self.id.short();
         let scratch = storage.map(|size| Scratch::make(&self.paths, name, size)).transpose()?;
         let log = self.output_log(&plan)?;
+        let prepared = Prepared::of(&guest_spec, disk.as_ref(), scratch.is_some());
         let mut blueprint = self.draw(disk, &scratch)?;
         drop(phase);
 
@@ -114,7 +129,7 @@ impl Sandbox {
         drop(phase);
 
         // 3. The machine: a clone of a template, or a cold boot.
-        let (machine, template) = self.machine(&blueprint).await?;
+        let (machine, origin) = self.machine(&blueprint, prepared.as_ref()).await?;
         drop(scratch);
         lock(&self.host).machine = Some(machine.clone());
         self.watch_machine(&machine);
@@ -127,16 +142,27 @@ impl Sandbox {
         let phase = self.watch.phase("agent");
         let channel = machine.connect(self.config.start_timeout()).await?;
         let agent = Agent::open(&channel, self.watch.clone()).await?;
-        let token = token();
-        let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
         let hostname = self.spec.hostname().clone().unwrap_or_else(|| name.into());
-        let streams = Streams::connect(&*channel, token, &plan, &self.init.hub, log);
-        let (release, configured, created, streams) =
-            tokio::join!(agent.hello(), agent.configure(&hostname), agent.create(&create), streams);
-        let release = release?;
-        configured?;
-        let pid = created?;
-        self.init.connected(streams?).await;
+        let (release, pid) = if let Origin::Prepared { pid } = origin {
+            let process =
+                guest_spec.spec.process().clone().ok_or_else(|| Error::Invalid("no process".into()))?;
+            let seccomp = filter.unwrap_or_default();
+            *lock(&self.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
+            let (release, configured) = tokio::join!(agent.hello(), agent.configure(&hostname));
+            configured?;
+            (release?, pid)
+        } else {
+            let token = token();
+            let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
+            let streams = Streams::connect(&*channel, token, &plan, &self.init.hub, log);
+            let (release, configured, created, streams) =
+                tokio::join!(agent.hello(), agent.configure(&hostname), agent.create(&create), streams);
+            let release = release?;
+            configured?;
+            let pid = created?;
+            self.init.connected(streams?).await;
+            (release, pid)
+        };
         drop(phase);
 
         // 5. Known from here on.
@@ -146,7 +172,7 @@ impl Sandbox {
                 kernel: release,
                 vcpus: blueprint.spec.vcpus,
                 memory: u64::from(blueprint.spec.memory_mib) << 20,
-                template,
+                template: origin != Origin::Boot,
                 reason: blueprint.reason.clone(),
                 shim: std::process::id(),
                 monitor: machine.pid(),
@@ -157,9 +183,7 @@ impl Sandbox {
         let writes_host = guest_spec.shares.iter().any(|share| !share.read_only);
         let _ = self.guest.set(Guest { machine, channel, agent, writes_host });
         self.init.set(State::Created);
-        if !template {
-            self.want_template(&blueprint);
-        }
+        self.want_template(&blueprint, origin, prepared.as_ref());
         Ok(pid)
     }
 
@@ -194,21 +218,28 @@ impl Sandbox {
         }
     }
 
-    /// A clone where there is a template that can be restored, else a cold boot. The flag tells which.
-    async fn machine(&self, blueprint: &Blueprint) -> Result<(Arc<dyn Machine>, bool), Error> {
-        if let Some((key, found)) = self.template(blueprint) {
+    /// A clone of the fittest template that can be restored, else a cold boot.
+    async fn machine(
+        &self,
+        blueprint: &Blueprint,
+        prepared: Option<&Prepared>,
+    ) -> Result<(Arc<dyn Machine>, Origin), Error> {
+        for (key, found) in self.templates(blueprint, prepared) {
             let _phase = self.watch.phase("restore");
-            let snapshot = Snapshot { dir: found.dir };
-            match blueprint.monitor.restore(&snapshot, &blueprint.spec).await {
-                Ok(machine) => return Ok((machine, true)),
+            let origin = match found.meta.shape.container {
+                Some(Held { pid, .. }) => Origin::Prepared { pid },
+                None => Origin::Template,
+            };
+            match blueprint.monitor.restore(&Snapshot { dir: found.dir }, &blueprint.spec).await {
+                Ok(machine) => return Ok((machine, origin)),
                 Err(error) => {
-                    tracing::warn!(key, %error, "the template cannot be restored; it is put aside, the sandbox starts cold");
+                    tracing::warn!(key, %error, "a template cannot be restored; it is put aside");
                     template::mark_bad(&self.paths, &key, &error.to_string());
                 }
             }
         }
         let _phase = self.watch.phase("boot");
-        Ok((blueprint.monitor.boot(&blueprint.spec).await?, false))
+        Ok((blueprint.monitor.boot(&blueprint.spec).await?, Origin::Boot))
     }
 
     fn templates_wanted(&self, blueprint: &Blueprint) -> bool {
@@ -218,15 +249,21 @@ impl Sandbox {
             && blueprint.is_common()
     }
 
-    fn template(&self, blueprint: &Blueprint) -> Option<(String, template::Template)> {
+    /// The templates that fit, the fittest first.
+    fn templates(&self, blueprint: &Blueprint, prepared: Option<&Prepared>) -> Vec<(String, Template)> {
         if !self.templates_wanted(blueprint) {
-            return None;
+            return Vec::new();
         }
         let _phase = self.watch.phase("template");
-        let key = template::key(blueprint)
-            .inspect_err(|error| tracing::warn!(%error, "cannot tell which template would fit"))
-            .ok()?;
-        match template::find(&self.paths, &key) {
+        let empty = match template::key(blueprint) {
+            Ok(key) => key,
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell which template would fit");
+                return Vec::new();
+            }
+        };
+        let keys = prepared.map(|prepared| prepared.key(&empty)).into_iter().chain([empty.clone()]);
+        keys.filter_map(|key| match template::find(&self.paths, &key) {
             Ok(found) => found.map(|found| (key, found)),
             Err(error) => {
                 tracing::warn!(%error, "a template is not used");
@@ -235,14 +272,23 @@ impl Sandbox {
                 }
                 None
             }
-        }
+        })
+        .collect()
     }
 
-    fn want_template(&self, blueprint: &Blueprint) {
-        if self.templates_wanted(blueprint)
-            && let Ok(key) = template::key(blueprint)
+    /// Has the template built from which this sandbox would have started faster.
+    fn want_template(&self, blueprint: &Blueprint, origin: Origin, prepared: Option<&Prepared>) {
+        let wanted = match origin {
+            Origin::Boot => true,
+            Origin::Template => prepared.is_some(),
+            Origin::Prepared { .. } => false,
+        };
+        if wanted
+            && self.templates_wanted(blueprint)
+            && let Ok(empty) = template::key(blueprint)
         {
-            template::build_in_background(&self.paths, &self.config, &self.wishes, &key);
+            let key = prepared.map_or_else(|| empty.clone(), |prepared| prepared.key(&empty));
+            template::build_in_background(&self.paths, &self.config, &self.wishes, &key, prepared);
         }
     }
 

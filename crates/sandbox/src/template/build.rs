@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Seek, Write},
     os::unix::{fs::DirBuilderExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -12,7 +12,7 @@ use std::{
 use kapsel_machine::Snapshot;
 use rustix::fs::FlockOperation;
 
-use super::{Error, META, Meta, Shape, Template, VERSION, key, read, state_hash};
+use super::{Error, Held, META, Meta, Prepared, Shape, Template, VERSION, key, read, state_hash};
 use crate::{
     annotations::Wishes,
     config::Config,
@@ -35,10 +35,38 @@ const BAD_FOR: Duration = Duration::from_secs(3600);
 pub async fn build(paths: &Paths, config: &Config, wishes: &Wishes) -> Result<Template, Error> {
     paths.prepare()?;
     let work = Work::new(paths)?;
-    let blueprint = draw(paths, config, wishes, &work)?;
+    let blueprint = draw(paths, config, wishes, &work, None)?;
     let key = key(&blueprint).map_err(Error::machine)?;
-    let dir = paths.templates().join(&key);
-    let lock = lock(paths, &key)?;
+    build_as(paths, config, blueprint, &key, None).await
+}
+
+/// Builds the template that holds a container, unless it is there; before it the empty one, from which it is made.
+///
+/// # Errors
+/// When the machine cannot be started or saved, or the container not be made. Nothing is left then.
+pub async fn build_prepared(
+    paths: &Paths,
+    config: &Config,
+    wishes: &Wishes,
+    prepared: &Prepared,
+) -> Result<Template, Error> {
+    let empty = build(paths, config, wishes).await?;
+    let work = Work::new(paths)?;
+    let blueprint = draw(paths, config, wishes, &work, Some(prepared.rootfs.clone()))?;
+    let key = prepared.key(&empty.meta.key);
+    build_as(paths, config, blueprint, &key, Some((empty, prepared))).await
+}
+
+/// Builds a template under a key: by booting, or by making a container in a clone of the empty one.
+async fn build_as(
+    paths: &Paths,
+    config: &Config,
+    blueprint: Blueprint,
+    key: &str,
+    prepared: Option<(Template, &Prepared)>,
+) -> Result<Template, Error> {
+    let dir = paths.templates().join(key);
+    let lock = lock(paths, key)?;
     let locked = tokio::task::spawn_blocking(move || {
         rustix::fs::flock(&lock, FlockOperation::LockExclusive).map(|()| lock)
     });
@@ -49,14 +77,20 @@ pub async fn build(paths: &Paths, config: &Config, wishes: &Wishes) -> Result<Te
     if let Ok(template) = read(&dir) {
         return Ok(template);
     }
-    save(paths, config, blueprint, &key).await?;
-    super::collect(paths, &key);
+    save(paths, config, blueprint, key, prepared).await?;
+    super::collect(paths, key);
     read(&dir)
 }
 
 /// Starts a process that builds the template, and does not wait for it. It yields the processor to everybody else.
 /// Does nothing when one is at work already, or when the last one turned out bad a short while ago.
-pub fn build_in_background(paths: &Paths, config: &Config, wishes: &Wishes, key: &str) {
+pub fn build_in_background(
+    paths: &Paths,
+    config: &Config,
+    wishes: &Wishes,
+    key: &str,
+    prepared: Option<&Prepared>,
+) {
     let bad = paths.templates().join(format!("{key}.bad"));
     let age = fs::metadata(&bad).and_then(|m| m.modified()).ok().and_then(|at| at.elapsed().ok());
     if age.is_some_and(|age| age < BAD_FOR) {
@@ -76,7 +110,14 @@ pub fn build_in_background(paths: &Paths, config: &Config, wishes: &Wishes, key:
         for (key, value) in wishes.to_annotations() {
             command.arg("--annotation").arg(format!("{key}={value}"));
         }
-        command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
+        let stdin = match prepared {
+            Some(prepared) => {
+                command.arg("--rootfs").arg(&prepared.rootfs);
+                handed_over(&prepared.bytes().map_err(|e| e.to_string())?).map_err(|e| e.to_string())?
+            }
+            None => Stdio::null(),
+        };
+        command.current_dir("/").stdin(stdin).stdout(Stdio::null()).stderr(Stdio::from(log));
         let in_child = || {
             rustix::process::setsid()?;
             rustix::process::nice(19)?;
@@ -90,6 +131,14 @@ pub fn build_in_background(paths: &Paths, config: &Config, wishes: &Wishes, key:
     if let Err(error) = spawned {
         tracing::warn!(%error, "cannot build a template; sandboxes go on starting cold");
     }
+}
+
+/// Bytes that a program finds on its standard input.
+fn handed_over(bytes: &[u8]) -> io::Result<Stdio> {
+    let mut file = File::from(rustix::fs::memfd_create("request", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file.into())
 }
 
 /// A directory for the sockets of a machine that is to be saved.
@@ -114,12 +163,18 @@ impl Drop for Work {
     }
 }
 
-fn draw(paths: &Paths, config: &Config, wishes: &Wishes, work: &Work) -> Result<Blueprint, Error> {
+fn draw(
+    paths: &Paths,
+    config: &Config,
+    wishes: &Wishes,
+    work: &Work,
+    rootfs: Option<PathBuf>,
+) -> Result<Blueprint, Error> {
     let occupant = Occupant {
         name: &work.name,
         dir: work.dir.clone(),
         console: None,
-        rootfs: None,
+        rootfs,
         scratch: wishes.storage.map(|_| scratch_placeholder(paths)).transpose()?,
         cgroup: None,
     };
@@ -144,8 +199,14 @@ fn lock(paths: &Paths, key: &str) -> Result<File, Error> {
     opened.map_err(|source| Error::Io { what: "lock", path, source })
 }
 
-/// Boots the machine and saves it under its key.
-async fn save(paths: &Paths, config: &Config, mut blueprint: Blueprint, key: &str) -> Result<(), Error> {
+/// Starts the machine and saves it under its key.
+async fn save(
+    paths: &Paths,
+    config: &Config,
+    mut blueprint: Blueprint,
+    key: &str,
+    prepared: Option<(Template, &Prepared)>,
+) -> Result<(), Error> {
     let dir = paths.templates().join(key);
     let unfinished = paths.templates().join(format!("{key}.new"));
     let io = |what, path: &Path, source| Error::Io { what, path: path.into(), source };
@@ -153,11 +214,8 @@ async fn save(paths: &Paths, config: &Config, mut blueprint: Blueprint, key: &st
     fs::DirBuilder::new().mode(0o700).create(&unfinished).map_err(|e| io("create", &unfinished, e))?;
     blueprint.spec.template = true;
     blueprint.spec.memory_dir = Some(unfinished.clone());
-    let saved = boot_and_save(config, &blueprint, &unfinished).await;
-    if let Err(error) = saved {
-        let _ = fs::remove_dir_all(&unfinished);
-        return Err(error);
-    }
+    let saved = start_and_save(config, &blueprint, &unfinished, prepared).await;
+    let container = saved.inspect_err(|_| drop(fs::remove_dir_all(&unfinished)))?;
     let meta = Meta {
         version: VERSION,
         key: key.into(),
@@ -167,6 +225,7 @@ async fn save(paths: &Paths, config: &Config, mut blueprint: Blueprint, key: &st
             vcpus: blueprint.spec.vcpus,
             memory_mib: blueprint.spec.memory_mib.into(),
             scratch: blueprint.spec.disks.len() > 1,
+            container,
         },
         created_at: crate::record::now(),
         state_sha256: state_hash(&unfinished).map_err(|e| io("read", &unfinished, e))?,
@@ -178,19 +237,34 @@ async fn save(paths: &Paths, config: &Config, mut blueprint: Blueprint, key: &st
     fs::rename(&unfinished, &dir).map_err(|e| io("rename", &unfinished, e))
 }
 
-async fn boot_and_save(config: &Config, blueprint: &Blueprint, dir: &Path) -> Result<(), Error> {
+async fn start_and_save(
+    config: &Config,
+    blueprint: &Blueprint,
+    dir: &Path,
+    prepared: Option<(Template, &Prepared)>,
+) -> Result<Option<Held>, Error> {
     let deadline = config.start_timeout();
-    let machine = blueprint.monitor.boot(&blueprint.spec).await.map_err(Error::machine)?;
+    let (monitor, spec) = (&blueprint.monitor, &blueprint.spec);
+    let machine = match &prepared {
+        Some((empty, _)) => monitor.restore(&Snapshot { dir: empty.dir.clone() }, spec).await,
+        None => monitor.boot(spec).await,
+    };
+    let machine = machine.map_err(Error::machine)?;
     let saved = async {
         let channel = machine.connect(deadline).await.map_err(Error::machine)?;
         // Saved when it answers: whatever the agent does once is done, in every clone.
         let agent = Agent::open(&channel, Stopwatch::default()).await.map_err(Error::machine)?;
-        agent.hello().await.map_err(Error::machine)?;
+        agent.hello_at(crate::record::now()).await.map_err(Error::machine)?;
+        let mut held = None;
+        if let Some((_, prepared)) = prepared {
+            let pid = agent.create(prepared.request()).await.map_err(Error::machine)?;
+            held = Some(prepared.held(pid));
+        }
         agent.quiesce().await.map_err(Error::machine)?;
         drop(agent);
         drop(channel);
         let Snapshot { .. } = machine.snapshot(dir).await.map_err(Error::machine)?;
-        Ok(())
+        Ok(held)
     }
     .await;
     machine.kill().await;
