@@ -230,6 +230,11 @@ impl Claim {
             let ours = file.metadata().context("inspect", partial)?;
             let named = std::fs::symlink_metadata(partial);
             if named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())) {
+                // Somebody may have made it after it was looked for and before the partial file was opened.
+                if target.try_exists().context("inspect", target)? {
+                    remove_file(partial)?;
+                    return Ok(Claimed::Exists);
+                }
                 return Ok(Claimed::Mine(Claim {
                     file,
                     partial: partial.to_owned(),
