@@ -13,7 +13,8 @@ SHELL := /bin/bash
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
 TARGET := x86_64-unknown-linux-gnu
 CARGO_TARGET_DIR ?= target
-export CARGO_TARGET_DIR
+# Absolute, since tests that call cargo do so from their crate's directory.
+export CARGO_TARGET_DIR := $(abspath $(CARGO_TARGET_DIR))
 OUT    := $(CARGO_TARGET_DIR)/release
 KAPSEL := $(OUT)/kapsel
 AGENT  := $(OUT)/guest/kapsel-agent

@@ -27,6 +27,11 @@ struct Guest {
     initramfs: PathBuf,
 }
 
+/// Where cargo put this test: what it builds for the test goes there too, wherever the environment points from here.
+fn target_dir() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()
+}
+
 /// Kernel and initramfs, or why there are none.
 static GUEST: LazyLock<Result<Guest, String>> = LazyLock::new(|| {
     if !rustix::process::geteuid().is_root() {
@@ -40,12 +45,12 @@ static GUEST: LazyLock<Result<Guest, String>> = LazyLock::new(|| {
     // For a target of its own: `cargo test` makes examples too, dynamic ones, where it would look for this one.
     let status = Command::new(env!("CARGO"))
         .args(["build", "--quiet", "--profile", "guest", "--target", GUEST_TARGET])
-        .args(["--package", "kapsel-machine", "--example", "guest-agent"])
+        .args(["--package", "kapsel-machine", "--example", "guest-agent", "--target-dir"])
+        .arg(target_dir())
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .status();
     assert!(status.is_ok_and(|status| status.success()), "the guest's agent builds");
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let agent = target.join(GUEST_TARGET).join("guest/examples/guest-agent");
+    let agent = target_dir().join(GUEST_TARGET).join("guest/examples/guest-agent");
     let initramfs = Initramfs::build(&data, &agent, &kernel).map_err(|error| error.to_string())?;
     Ok(Guest { kernel: kernel.vmlinux, initramfs })
 });
@@ -97,9 +102,15 @@ fn clone_disks(dir: &Path, n: usize) -> Vec<Disk> {
 /// A file server for `source`, jailed as always, and the connection to it.
 fn serve(source: &Path, dir: &Path) -> (kapsel_jail::Child, Share) {
     static BUILT: LazyLock<PathBuf> = LazyLock::new(|| {
-        let build = ["build", "--quiet", "--release", "--package", "kapsel-fsd"];
-        assert!(Command::new(env!("CARGO")).args(build).status().is_ok_and(|status| status.success()));
-        Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("release/kapsel-fsd")
+        let build = ["build", "--quiet", "--release", "--package", "kapsel-fsd", "--target-dir"];
+        assert!(
+            Command::new(env!("CARGO"))
+                .args(build)
+                .arg(target_dir())
+                .status()
+                .is_ok_and(|status| status.success())
+        );
+        target_dir().join("release/kapsel-fsd")
     });
     let path = dir.join("fsd.sock");
     let listener = UnixListener::bind(&path).unwrap();
