@@ -235,30 +235,10 @@ struct Time(SystemTime);
 
 impl fmt::Display for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not by the C library, which reads files about time zones even for UTC.
-        let since = self.0.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (year, month, day) = civil(since.as_secs() / 86_400);
-        let second = since.as_secs() % 86_400;
-        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-        write!(
-            f,
-            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:09}",
-            since.subsec_nanos()
-        )
+        // Not by the C library, which reads files about time zones even for UTC. The zone is not shown.
+        let text = humantime::format_rfc3339_nanos(self.0.max(UNIX_EPOCH)).to_string();
+        f.write_str(text.trim_end_matches('Z'))
     }
-}
-
-/// Year, month and day of the Gregorian calendar, from the number of days since 1970.
-fn civil(days: u64) -> (u64, u64, u64) {
-    // Years begin in March, so that the leap day is the last; eras are the 400 years after which all repeats.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
-    (era * 400 + year + next, month, day)
 }
 
 #[cfg(test)]

@@ -1,26 +1,10 @@
 //! Times for people and for programs. The libraries count nanoseconds since 1970.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 /// As RFC 3339 in UTC, to the millisecond: `2026-01-31T23:59:59.123Z`.
 pub fn rfc3339(nanoseconds: u64) -> String {
-    let milliseconds = nanoseconds / 1_000_000;
-    let (seconds, millisecond) = (milliseconds / 1000, milliseconds % 1000);
-    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millisecond:03}Z")
-}
-
-/// The date of a day, counted from 1970-01-01. Eras of 400 years, which begin on 1 March so that the leap day is last.
-fn civil(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    (year, month, day)
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_nanos(nanoseconds)).to_string()
 }
 
 /// How long something takes or took, roughly: `3 minutes`.
