@@ -76,7 +76,7 @@ impl Workshop {
     pub fn warm(&self) -> Result<Vec<Contender>> {
         let bundle = self.bundle("true", &["true"])?;
         let bin = self.bin.clone();
-        // Of a container with a read-only root no template is made: this is how fast an image's first run is.
+        // Of a container with a read-only root no template is made: it starts from the empty one, as an image's first run does.
         let ours = [("kapsel", &[][..]), ("kapsel, empty template", &["--read-only"])];
         let mut all: Vec<_> = ours
             .into_iter()

@@ -4,10 +4,10 @@
 //! - [`init`] makes the guest ready; [`session`] serves one session with the host after the other; [`rpc`] is the API.
 //! - [`sandbox`] is the guest as a whole; [`container`] makes and watches containers; [`storage`] mounts their file systems.
 //! - [`stdio`] moves the bytes of processes; [`files`] those of copies, packed by [`archive`].
-//! - [`reaper`] waits for every child.
+//! - [`reaper`] waits for every child; [`quiesce`] makes the guest small before it is saved.
 //!
 //! One thread, one event loop: a fork of a single-threaded process may do anything, which is what lets a container's first
-//! process inherit its plan instead of being told it.
+//! process inherit its plan. Only one that a template holds, born before it was known what to run, is told.
 
 pub mod archive;
 pub mod container;

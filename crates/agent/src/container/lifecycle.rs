@@ -212,6 +212,11 @@ impl Container {
         let Some(first) = self.first_process() else {
             return Err(Error::State(format!("container {} has no process yet", self.id)));
         };
+        if !request.seccomp.is_empty() || request.seccomp_flags != 0 {
+            return Err(Error::Invalid(
+                "an added process has its container's seccomp filter, not another".into(),
+            ));
+        }
         let mut plan = ProcessPlan::for_exec(&request.process, first, request.terminal)?;
         plan.set_size(request.width, request.height);
         let added = Added {

@@ -5,7 +5,8 @@
 //! cache, so what counts is how little *different* code runs. youki's libcontainer forks three times (main, intermediate, init),
 //! passes JSON between the stages, and brings libseccomp, chrono, regex and procfs along. Here the plan is worked out and checked
 //! before anything is done ([`plan`]), one clone3(2) makes all the namespaces at once, in the right cgroup and with a pidfd, and
-//! the child ([`child`]) inherits the plan by being a fork: nothing is serialised. Device rules and cgroup controllers are
+//! the child ([`child`]) inherits the plan by being a fork: nothing is serialised. The exception is
+//! a first process that comes after its container ([`order`]). Device rules and cgroup controllers are
 //! put in force when the guest boots, before it becomes a template ([`cgroup`]).
 //!
 //! # Order of trust

@@ -45,6 +45,15 @@ pub async fn a_process_comes_later(machine: &Machine) -> Result<()> {
     machine.add("early", "", &shell, stdio, false).await?;
     let twice = machine.add("early", "", &shell, api::Stdio::default(), false).await;
     ensure!(twice.is_err_and(|error| error.to_string().contains("already")), "two first processes");
+    let filtered = api::ExecRequest {
+        id: "early".into(),
+        exec_id: "x".into(),
+        process: shell.to_string().into_bytes(),
+        seccomp: vec![0; 8],
+        ..Default::default()
+    };
+    let refused = code(machine.agent.exec(context(), &filtered).await)?;
+    ensure!(refused.0 == Code::INVALID_ARGUMENT, "a filter of its own: {refused:?}");
     let start = async { machine.start("early", "").await.map(drop) };
     let done = machine.talk(token, b"typed\n", start, "early", "").await?;
     ensure!(done.code == 9 && done.stdout == "web\n/tmp/made\n1\ntyped\n", "{done:?}");
