@@ -21,9 +21,10 @@ use crate::kernel;
 use crate::keyboard::Keyboard;
 use crate::machine::{Handles, Hardware, Machine};
 use crate::memory;
-use crate::snapshot::{self, format::State};
+use crate::snapshot::{self, Saved, format::State};
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
+use crate::x86::state::{MachineState, ProcessorState};
 use crate::x86::{self, boot, cpuid, layout, processor};
 
 /// Why a machine cannot be built.
@@ -129,31 +130,27 @@ pub fn restore(
     surroundings: &Surroundings,
 ) -> Result<(Config, Machine), snapshot::Error> {
     let state = State::read(&load.snapshot_path)?;
-    let mut sections = state.sections();
-    let mut config = Config::parse(sections.take("config")?)?;
+    let Saved { mut config, machine, cpus, console, keyboard, mut devices } = Saved::find(&state)?;
     load.apply(&mut config)?;
-    let machine_state = sections.take("machine")?;
-    let cpus: Vec<_> =
-        (0..config.machine_config.vcpu_count).map(|_| sections.take("cpu")).collect::<Result<_, _>>()?;
-    let console_state = sections.take("console")?;
-    let keyboard_state = sections.take("keyboard")?;
+    let cpus = cpus.into_iter().map(ProcessorState::read).collect::<Result<Vec<_>, _>>()?;
+    let machine = MachineState::read(machine)?;
 
     let memory = snapshot::memory::load(config.machine_config.mem_size_mib, load.memory()?)?;
     let built = |error: Error| snapshot::Error::from(Box::new(error));
-    let console = |line, drained| Ok(Console::restored(line, drained, output, console_state)?);
+    let console = |line, drained| Ok(Console::restored(line, drained, output, console)?);
     let parts = Parts::assemble(&config, memory, console, surroundings).map_err(built)?;
-    lock(&parts.bus.keyboard).restore(keyboard_state)?;
+    lock(&parts.bus.keyboard).restore(keyboard)?;
     for (vcpu, state) in parts.vcpus.iter().zip(cpus) {
-        x86::state::restore_processor(vcpu, state)?;
+        state.restore(vcpu)?;
     }
-    x86::state::restore_machine(&parts.vm, machine_state)?;
+    machine.restore(&parts.vm)?;
     // Only now: interrupts that devices raise as they go on would be lost with the controllers' earlier state.
     for slot in &parts.bus.slots {
-        let mut reader = Reader::new(sections.take("device")?);
+        let mut reader = Reader::new(devices.take("device")?);
         lock(slot).restore(&mut reader)?;
         reader.finish()?;
     }
-    sections.finish()?;
+    devices.finish()?;
     write_generation(&parts.memory).map_err(built)?;
     // Its driver learns that the random numbers of this machine are not its own any more.
     line(&parts.vm, layout::GENERATION_GSI).and_then(|line| Ok(line.write(1)?)).map_err(built)?;

@@ -9,6 +9,8 @@ pub mod config;
 pub mod confine;
 mod console;
 mod events;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod kernel;
 mod keyboard;
 pub mod log;

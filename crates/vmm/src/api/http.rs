@@ -59,6 +59,10 @@ pub fn parse(bytes: &[u8]) -> Result<Progress, Error> {
             Ok(Progress::Incomplete { asks: false })
         };
     };
+    // However it came: a head that was too long while it was incomplete shall not pass when it comes at once.
+    if head > HEAD_MAX {
+        return Err(Error::Unsupported("the headers are too long"));
+    }
     let framing = Framing::of(request.headers)?;
     let end = head + framing.length;
     let Some(body) = bytes.get(head..end) else {
@@ -169,6 +173,7 @@ mod tests {
     fn what_is_too_long_or_ambiguous_is_refused() {
         let long = format!("GET / HTTP/1.1\r\nx: {}", "y".repeat(HEAD_MAX));
         assert!(matches!(message(&long), Err(Error::Unsupported(_))));
+        assert!(matches!(message(&format!("{long}\r\n\r\n")), Err(Error::Unsupported(_))));
         let header = |header: &str| message(&format!("PUT / HTTP/1.1\r\n{header}\r\n\r\n"));
         assert!(matches!(header("Content-Length: 51201"), Err(Error::TooLong(51_201))));
         assert!(header("Content-Length: -1").is_err());

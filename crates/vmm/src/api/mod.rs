@@ -6,7 +6,7 @@
 mod connection;
 pub mod control;
 mod fault;
-mod http;
+pub(crate) mod http;
 pub mod request;
 mod server;
 

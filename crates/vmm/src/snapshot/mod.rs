@@ -9,6 +9,7 @@ pub mod memory;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use format::{SectionReader, State};
 use kapsel_devices::state::StateError;
 use serde::Deserialize;
 
@@ -123,6 +124,38 @@ impl Load {
             vsock.uds_path.clone_from(&change.uds_path);
         }
         Ok(())
+    }
+}
+
+/// The sections of a state file. Only the configuration was looked into.
+pub struct Saved<'a> {
+    /// What the machine is made of.
+    pub config: config::Config,
+    /// Clock and interrupt controllers.
+    pub machine: &'a [u8],
+    /// Processors.
+    pub cpus: Vec<&'a [u8]>,
+    /// The serial port.
+    pub console: &'a [u8],
+    /// The keyboard.
+    pub keyboard: &'a [u8],
+    /// A section for each device comes.
+    pub devices: SectionReader<'a>,
+}
+
+impl<'a> Saved<'a> {
+    /// Finds them.
+    ///
+    /// # Errors
+    /// [`Error`] says which is missing or impossible.
+    pub fn find(state: &'a State) -> Result<Self, Error> {
+        let mut sections = state.sections();
+        let config = config::Config::parse(sections.take("config")?)?;
+        let machine = sections.take("machine")?;
+        let cpus = (0..config.machine_config.vcpu_count).map(|_| sections.take("cpu"));
+        let cpus = cpus.collect::<Result<_, _>>()?;
+        let (console, keyboard) = (sections.take("console")?, sections.take("keyboard")?);
+        Ok(Saved { config, machine, cpus, console, keyboard, devices: sections })
     }
 }
 

@@ -3,7 +3,8 @@
 use kapsel_devices::state::{Reader, StateError, Writer};
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, Msrs,
-    kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_msr_entry,
+    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -45,7 +46,7 @@ pub fn save_machine(vm: &VmFd) -> Result<Vec<u8>, Error> {
     let mut writer = Writer::default();
     let clock = vm.get_clock().map_err(failed("tell its clock"))?;
     writer.raw(clock.as_bytes());
-    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
+    for chip_id in CHIPS {
         let mut chip = kvm_irqchip { chip_id, ..Default::default() };
         vm.get_irqchip(&mut chip).map_err(failed("tell an interrupt controller"))?;
         writer.raw(chip.as_bytes());
@@ -53,24 +54,43 @@ pub fn save_machine(vm: &VmFd) -> Result<Vec<u8>, Error> {
     Ok(writer.finish())
 }
 
-/// Takes up clock and interrupt controllers.
-///
-/// # Errors
-/// [`Error`].
-pub fn restore_machine(vm: &VmFd, state: &[u8]) -> Result<(), Error> {
-    let mut reader = Reader::new(state);
-    let clock: kvm_clock_data = plain(&mut reader)?;
-    // Without flags the guest's clock goes on where it stood. With the time of day, which is saved too, it would jump.
-    let clock = kvm_clock_data { clock: clock.clock, ..Default::default() };
-    vm.set_clock(&clock).map_err(failed("set its clock"))?;
-    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
-        let chip: kvm_irqchip = plain(&mut reader)?;
-        if chip.chip_id != chip_id {
-            return Err(StateError::Invalid("an interrupt controller").into());
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+/// Clock and interrupt controllers as they were saved.
+pub struct MachineState {
+    clock: u64,
+    chips: [kvm_irqchip; CHIPS.len()],
+}
+
+impl MachineState {
+    /// Reads what [`save_machine`] gave.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn read(state: &[u8]) -> Result<Self, StateError> {
+        let mut reader = Reader::new(state);
+        let clock: kvm_clock_data = plain(&mut reader)?;
+        let chips: [kvm_irqchip; CHIPS.len()] = plain(&mut reader)?;
+        if chips.iter().map(|chip| chip.chip_id).ne(CHIPS) {
+            return Err(StateError::Invalid("an interrupt controller"));
         }
-        vm.set_irqchip(&chip).map_err(failed("set an interrupt controller"))?;
+        reader.finish()?;
+        Ok(MachineState { clock: clock.clock, chips })
     }
-    Ok(reader.finish()?)
+
+    /// Has KVM take them up.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
+        // Without flags the guest's clock goes on where it stood. With the time of day, which is saved too, it would jump.
+        let clock = kvm_clock_data { clock: self.clock, ..Default::default() };
+        vm.set_clock(&clock).map_err(failed("set its clock"))?;
+        for chip in &self.chips {
+            vm.set_irqchip(chip).map_err(failed("set an interrupt controller"))?;
+        }
+        Ok(())
+    }
 }
 
 /// A value of a type for which every pattern of bytes is one.
@@ -116,31 +136,67 @@ pub fn save_processor(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Vec<u8>, Error> {
     Ok(writer.finish())
 }
 
-/// Takes a processor up. The order matters to KVM: what a processor can do comes first, its timers after its APIC.
-///
-/// # Errors
-/// [`Error`].
-pub fn restore_processor(vcpu: &VcpuFd, state: &[u8]) -> Result<(), Error> {
-    let mut reader = Reader::new(state);
-    let entries: Vec<kvm_cpuid_entry2> = read_list(&mut reader, KVM_MAX_CPUID_ENTRIES)?;
-    let cpuid = CpuId::from_entries(&entries).map_err(|_| StateError::Invalid("what a processor can do"))?;
-    vcpu.set_cpuid2(&cpuid).map_err(failed("take what a processor can do"))?;
-    let rate = reader.u32()?;
-    if vcpu.get_tsc_khz().map_err(failed("tell the rate of a time stamp counter"))? != rate {
-        vcpu.set_tsc_khz(rate).map_err(failed("set the rate of a time stamp counter"))?;
+/// A processor as it was saved.
+pub struct ProcessorState {
+    cpuid: CpuId,
+    tsc_khz: u32,
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Vec<kvm_msr_entry>,
+    events: kvm_vcpu_events,
+}
+
+impl ProcessorState {
+    /// Reads what [`save_processor`] gave.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn read(state: &[u8]) -> Result<Self, StateError> {
+        let mut reader = Reader::new(state);
+        let entries: Vec<kvm_cpuid_entry2> = read_list(&mut reader, KVM_MAX_CPUID_ENTRIES)?;
+        let invalid = |_| StateError::Invalid("what a processor can do");
+        let state = ProcessorState {
+            cpuid: CpuId::from_entries(&entries).map_err(invalid)?,
+            tsc_khz: reader.u32()?,
+            mp_state: plain(&mut reader)?,
+            regs: plain(&mut reader)?,
+            sregs: plain(&mut reader)?,
+            xsave: plain(&mut reader)?,
+            xcrs: plain(&mut reader)?,
+            debug_regs: plain(&mut reader)?,
+            lapic: plain(&mut reader)?,
+            msrs: read_list(&mut reader, MSRS_MAX)?,
+            events: plain(&mut reader)?,
+        };
+        reader.finish()?;
+        Ok(state)
     }
-    vcpu.set_mp_state(plain(&mut reader)?).map_err(failed("set whether a processor runs"))?;
-    vcpu.set_regs(&plain(&mut reader)?).map_err(failed("set registers"))?;
-    vcpu.set_sregs(&plain(&mut reader)?).map_err(failed("set system registers"))?;
-    let xsave = plain(&mut reader)?;
-    // SAFETY: the request reads 4096 bytes, which the structure has; no larger state was ever asked for.
-    unsafe { vcpu.set_xsave(&xsave) }.map_err(failed("set extended registers"))?;
-    vcpu.set_xcrs(&plain(&mut reader)?).map_err(failed("set extended control registers"))?;
-    vcpu.set_debug_regs(&plain(&mut reader)?).map_err(failed("set debug registers"))?;
-    vcpu.set_lapic(&plain(&mut reader)?).map_err(failed("set a local APIC"))?;
-    set_msrs(vcpu, &read_list(&mut reader, MSRS_MAX)?)?;
-    vcpu.set_vcpu_events(&plain(&mut reader)?).map_err(failed("set pending events"))?;
-    Ok(reader.finish()?)
+
+    /// Has KVM take it up. The order matters to KVM: what a processor can do comes first, its timers after its APIC.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        vcpu.set_cpuid2(&self.cpuid).map_err(failed("take what a processor can do"))?;
+        if vcpu.get_tsc_khz().map_err(failed("tell the rate of a time stamp counter"))? != self.tsc_khz {
+            vcpu.set_tsc_khz(self.tsc_khz).map_err(failed("set the rate of a time stamp counter"))?;
+        }
+        vcpu.set_mp_state(self.mp_state).map_err(failed("set whether a processor runs"))?;
+        vcpu.set_regs(&self.regs).map_err(failed("set registers"))?;
+        vcpu.set_sregs(&self.sregs).map_err(failed("set system registers"))?;
+        // SAFETY: the request reads 4096 bytes, which the structure has; no larger state was ever asked for.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(failed("set extended registers"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(failed("set extended control registers"))?;
+        vcpu.set_debug_regs(&self.debug_regs).map_err(failed("set debug registers"))?;
+        vcpu.set_lapic(&self.lapic).map_err(failed("set a local APIC"))?;
+        set_msrs(vcpu, &self.msrs)?;
+        vcpu.set_vcpu_events(&self.events).map_err(failed("set pending events"))
+    }
 }
 
 /// Those of the registers that this processor has.
