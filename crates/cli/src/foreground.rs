@@ -5,9 +5,9 @@ use std::time::Duration;
 use kapsel_sandbox::client::{Client, Error as ClientError, Fate};
 
 use crate::failure::{Failure, Outcome};
-use crate::signals::{self, Signals};
 use crate::streams::{self, Running};
 use crate::terminal;
+use kapsel_sandbox::signals::{self, Signals};
 
 /// How long to wait for more output of a process that has ended, while another holds its streams open.
 const LINGER: Duration = Duration::from_secs(2);

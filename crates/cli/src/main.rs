@@ -12,8 +12,6 @@ mod flags;
 mod foreground;
 mod output;
 mod progress;
-mod pump;
-mod signals;
 mod streams;
 mod terminal;
 mod trace;

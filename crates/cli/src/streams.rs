@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::detach::{Detector, Typed};
 use crate::failure::Failure;
-use crate::pump::{self, End, pump};
+use kapsel_sandbox::pump::{self, End, pump};
 
 /// Which streams a process has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,7 +19,16 @@ pub const STORAGE: &str = "io.kapsel.storage";
 /// The signal that asks the container to stop, as a number.
 pub const STOP_SIGNAL: &str = "io.kapsel.stop-signal";
 
-const PREFIX: &str = "io.kapsel.";
+/// What all of ours begin with.
+pub const PREFIX: &str = "io.kapsel.";
+
+/// All of ours, without the prefix.
+pub(crate) fn names() -> Vec<&'static str> {
+    [ISOLATION, MEMORY, CPUS, COLD, STORAGE, STOP_SIGNAL]
+        .into_iter()
+        .filter_map(|key| key.strip_prefix(PREFIX))
+        .collect()
+}
 
 /// An annotation of ours that cannot be followed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

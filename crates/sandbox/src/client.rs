@@ -13,6 +13,7 @@ use containerd_shim_protos::{
     types::task::Status as TaskStatus,
 };
 use oci_spec::runtime::{LinuxResources, Process};
+use serde::{Deserialize, Serialize};
 use ttrpc::{Code, asynchronous::Client as Connection, context};
 
 use crate::paths::{Bundle, Id};
@@ -135,7 +136,7 @@ impl Io {
 }
 
 /// One mount of a container's root file system.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootfsMount {
     /// `erofs` for an image's file, `bind` for a directory.
     pub kind: String,

@@ -312,10 +312,20 @@ impl Config {
         self.text(Key::Pull)
     }
 
+    /// Which of kapsel's annotations an engine may set, without their prefix.
+    pub fn engine_annotations(&self) -> impl Iterator<Item = &str> {
+        list(self.text(Key::EngineAnnotations))
+    }
+
     /// What goes to the log: a `tracing` filter.
     pub fn log_level(&self) -> &str {
         self.text(Key::LogLevel)
     }
+}
+
+/// The items of a value that is a list.
+fn list(value: &str) -> impl Iterator<Item = &str> {
+    value.split(',').map(str::trim).filter(|item| !item.is_empty())
 }
 
 fn standard_dirs() -> Vec<PathBuf> {
@@ -366,6 +376,7 @@ mod tests {
             ("isolation = \"chroot\"", "auto"),
             ("templates = \"perhaps\"", "true or false"),
             ("pull = \"daily\"", "missing"),
+            ("engine_annotations = [\"memory\", \"colour\"]", "stop-signal"),
         ] {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");

@@ -42,6 +42,9 @@ pub enum Error {
         /// How many match.
         count: usize,
     },
+    /// A process that a signal does not end.
+    #[error("the shim of {0} does not end, though it was killed; something on this host keeps it")]
+    Stuck(PathBuf),
     /// The directories are not usable.
     #[error(transparent)]
     Paths(#[from] paths::Error),

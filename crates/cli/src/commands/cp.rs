@@ -15,7 +15,7 @@ use crate::failure::{Failure, Outcome};
 use crate::flags::container::Cp;
 use crate::flags::value::CopyPath;
 use crate::output;
-use crate::pump::{self, End};
+use kapsel_sandbox::pump::{self, End};
 
 /// File type bits of `st_mode`, and a directory's.
 const TYPE: u32 = 0o170_000;

@@ -10,10 +10,10 @@ use super::run::started;
 use crate::failure::{Failure, Outcome};
 use crate::flags::container::Exec;
 use crate::foreground::{Foreground, Left};
-use crate::signals::Signals;
 use crate::streams::{Streams, Wanted};
 use crate::terminal::{self, Raw};
 use crate::{env, output};
+use kapsel_sandbox::signals::Signals;
 
 /// Runs a command in a container.
 pub fn run(host: &Host, flags: &Exec) -> Outcome {

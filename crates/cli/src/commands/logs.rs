@@ -10,7 +10,9 @@ use rustix::io::Errno;
 use super::host::Host;
 use crate::failure::{Failure, Outcome};
 use crate::flags::container::Logs;
-use crate::{output, pump};
+use kapsel_sandbox::pump;
+
+use crate::output;
 
 /// Prints what a container wrote, each stream where it belongs.
 pub fn run(host: &Host, flags: &Logs) -> Outcome {

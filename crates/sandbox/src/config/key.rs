@@ -55,6 +55,8 @@ keys! {
     StartTimeout "start_timeout" = "60", |v| number(v, 1, 3600), "seconds for a sandbox to start";
     StopTimeout "stop_timeout" = "10", |v| number(v, 0, 3600), "seconds between stop signal and SIGKILL";
     Pull "pull" = "missing", |v| one_of(v, &["missing", "always", "never"]), "when run pulls an image";
+    EngineAnnotations "engine_annotations" = "", annotations,
+        "io.kapsel.* annotations that engines may set, without the prefix, such as memory,cpus; empty: none";
     LogLevel "log_level" = "info", any, "what is logged: error, warn, info, debug, trace or a tracing filter";
 }
 
@@ -105,6 +107,14 @@ fn size(value: &str, min: u64) -> Result<(), String> {
     match parse_size(value)? {
         n if n >= min => Ok(()),
         _ => Err(format!("expected at least {}", super::format_size(min))),
+    }
+}
+
+fn annotations(value: &str) -> Result<(), String> {
+    let known = crate::annotations::names();
+    match super::list(value).find(|name| !known.contains(name)) {
+        Some(unknown) => Err(format!("{unknown:?} is none of {}", known.join(", "))),
+        None => Ok(()),
     }
 }
 

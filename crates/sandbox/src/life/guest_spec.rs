@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use kapsel_protocol::{STORAGE_ROOT, api};
-use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Mount, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxSeccomp, Mount, Spec};
 
 /// The serial of the root file system's disk.
 pub const ROOTFS_DISK: &str = "rootfs";
@@ -213,12 +213,20 @@ fn take_seccomp(spec: &mut Spec) -> Option<LinuxSeccomp> {
     seccomp
 }
 
+/// Whether there are hooks besides those that the container's own side runs, with its own programs.
+fn has_host_hooks(hooks: &Hooks) -> bool {
+    let lists = [hooks.create_runtime(), hooks.create_container(), hooks.poststart(), hooks.poststop()];
+    #[allow(deprecated, reason = "engines still use it")]
+    let prestart = hooks.prestart();
+    lists.into_iter().chain([prestart]).any(|list| list.as_ref().is_some_and(|hooks| !hooks.is_empty()))
+}
+
 fn refuse_impossible(spec: &Spec) -> Result<(), Error> {
     let refuse = |what: String, why| Err(Error::Unsupported { what, why });
     if spec.process().is_none() {
         return Err(Error::Missing("process"));
     }
-    if spec.hooks().as_ref().is_some_and(|hooks| *hooks != Default::default()) {
+    if spec.hooks().as_ref().is_some_and(has_host_hooks) {
         return refuse("hooks".into(), "they would have to run on the host and reach into the guest");
     }
     if spec.vm().is_some() {

@@ -14,7 +14,7 @@ use super::mount;
 pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Memory of a machine beyond its container's limit: the guest's kernel, its page structures and the agent.
-pub(super) const GUEST_RESERVE: u64 = 96 << 20;
+pub const GUEST_RESERVE: u64 = 96 << 20;
 
 const SHM_SIZE: u64 = 64 << 20;
 

@@ -23,11 +23,11 @@ use super::host::{self, Host};
 use crate::failure::{Failure, Outcome};
 use crate::flags::run::{MachineFlags, Run, TimingsForm};
 use crate::foreground::{Foreground, Left};
-use crate::signals::{Event, Signals};
 use crate::streams::{Streams, Wanted};
 use crate::terminal::{self, Raw};
 use crate::trace::Trace;
 use crate::{env, output};
+use kapsel_sandbox::signals::{Event, Signals};
 
 pub use host_root::run as run_on_host_root;
 
