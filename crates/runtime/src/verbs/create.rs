@@ -1,0 +1,165 @@
+//! `create`, `start` and `run`.
+
+use std::collections::BTreeMap;
+
+use anyhow::bail;
+use kapsel_sandbox::paths::Id;
+
+use super::{Call, wait, write_pid};
+use crate::{
+    args,
+    bundle::Bundle,
+    console, hooks,
+    stand_in::{NewContainer, Order, StandIn, explain},
+    state::{Container, Status},
+};
+
+/// Whose terminal a process gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Foreground {
+    /// This command stays: its own.
+    Stays,
+    /// This command ends: the engine's.
+    Ends,
+}
+
+impl Call<'_> {
+    /// `create`.
+    pub fn create(&self, flags: &args::Create) -> anyhow::Result<()> {
+        // Not waited for: it outlives this command, and whoever called this inherits it.
+        self.make(flags, Foreground::Ends).map(drop)
+    }
+
+    /// Makes a container whose program waits for `start`.
+    fn make(&self, flags: &args::Create, foreground: Foreground) -> anyhow::Result<(StandIn, Bundle)> {
+        no_descriptors(flags.preserve_fds)?;
+        let bundle = Bundle::read(&flags.bundle, &self.host.config)?;
+        bundle.warnings.iter().for_each(|warning| self.report.warn(warning));
+        check_terminal(bundle.terminal, flags.console_socket.is_some(), foreground)?;
+        let claim = self.containers.claim(&flags.id)?;
+        let sandbox = flags.id.parse().unwrap_or_else(|_| Id::random());
+        let order = self.order(&bundle, &flags.id, sandbox);
+        let process = bundle.spec.process().as_ref();
+        let size = process.and_then(oci_spec::runtime::Process::console_size).map(|size| {
+            let clamp = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
+            (clamp(size.width()), clamp(size.height()))
+        });
+        let console = flags.console_socket.as_ref().map(|socket| console::make(socket, size)).transpose()?;
+        let mut stand_in = StandIn::start(&Order::Container(Box::new(order.0)), console)?;
+        let made = self.bring_up(&mut stand_in, &bundle, flags, order.1).and_then(|container| {
+            if let Some(path) = &flags.pid_file {
+                write_pid(path, container.pid)?;
+            }
+            claim.fill(&container)
+        });
+        match made {
+            Ok(()) => Ok((stand_in, bundle)),
+            Err(error) => {
+                stand_in.kill();
+                Err(error)
+            }
+        }
+    }
+
+    fn order(&self, bundle: &Bundle, id: &str, sandbox: Id) -> (NewContainer, Id) {
+        let labels = BTreeMap::from([
+            ("engine.id".to_owned(), id.to_owned()),
+            ("engine.bundle".to_owned(), bundle.dir.to_string_lossy().into_owned()),
+        ]);
+        let order = NewContainer {
+            sandbox: sandbox.clone(),
+            spec: bundle.spec.clone(),
+            rootfs: bundle.rootfs.clone(),
+            network: bundle.network.clone(),
+            terminal: bundle.terminal,
+            labels,
+        };
+        (order, sandbox)
+    }
+
+    /// Hooks see the stand-in and its namespaces before the sandbox starts: what they make of the network is there for it.
+    #[allow(deprecated, reason = "Docker still uses prestart")]
+    fn bring_up(
+        &self,
+        stand_in: &mut StandIn,
+        bundle: &Bundle,
+        flags: &args::Create,
+        sandbox: Id,
+    ) -> anyhow::Result<Container> {
+        stand_in.ready()?;
+        let mut container = Container::new(&flags.id, sandbox, stand_in.pid())?;
+        container.bundle = bundle.dir.clone();
+        container.rootfs = bundle.rootfs.source.clone();
+        container.oci_version = bundle.oci_version.clone();
+        container.annotations = bundle.annotations.clone();
+        container.hooks = Some(bundle.hooks.clone());
+        let creating = container.shown("creating");
+        hooks::run("prestart", bundle.hooks.prestart().as_ref(), &creating)?;
+        hooks::run("createRuntime", bundle.hooks.create_runtime().as_ref(), &creating)?;
+        stand_in.go()?;
+        stand_in.done()?;
+        Ok(container)
+    }
+
+    /// `start`.
+    pub fn start(&self, id: &str) -> anyhow::Result<()> {
+        let container = self.container_in(id, &[Status::Created], "start")?;
+        wait(async { self.connect(&container).await?.start("").await.map_err(explain) })?;
+        let poststart = container.hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref());
+        if let Err(error) = hooks::run("poststart", poststart, &container.shown(Status::Running)) {
+            // As the specification says: the container is not wanted then.
+            self.end(&container)?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// `run`.
+    pub fn run(&self, flags: &args::Run) -> anyhow::Result<u8> {
+        let foreground = if flags.detach { Foreground::Ends } else { Foreground::Stays };
+        let (stand_in, bundle) = self.make(&flags.create, foreground)?;
+        let id = &flags.create.id;
+        if let Err(error) = self.start(id) {
+            let container = self.containers.get(id)?;
+            self.end(&container)?;
+            stand_in.kill();
+            self.remove(&container)?;
+            return Err(error);
+        }
+        if flags.detach {
+            return Ok(0);
+        }
+        let code = stand_in.stay(bundle.terminal && flags.create.console_socket.is_none())?;
+        if !flags.keep {
+            self.remove(&self.containers.get(id)?)?;
+        }
+        Ok(code)
+    }
+}
+
+/// Whether terminal, socket and manner of calling fit together.
+pub fn check_terminal(terminal: bool, socket: bool, foreground: Foreground) -> anyhow::Result<()> {
+    use std::io::IsTerminal;
+    match (terminal, socket, foreground) {
+        (false, true, _) => {
+            bail!("--console-socket is for a process with a terminal, and process.terminal is false")
+        }
+        (true, false, Foreground::Ends) => {
+            bail!("process.terminal is true: give --console-socket, where the terminal goes")
+        }
+        (true, false, Foreground::Stays) if !std::io::stdin().is_terminal() => {
+            bail!("process.terminal is true, and standard input is no terminal")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses descriptors for the guest.
+pub fn no_descriptors(count: u32) -> anyhow::Result<()> {
+    match count {
+        0 => Ok(()),
+        count => bail!(
+            "--preserve-fds {count}: open descriptors are the host's kernel's and cannot be passed into a guest; leave it out"
+        ),
+    }
+}
