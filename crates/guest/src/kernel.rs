@@ -41,6 +41,9 @@ struct Meta {
     version: u32,
     release: String,
     modules: Vec<String>,
+    /// The modules that were asked for when these were picked.
+    #[serde(default)]
+    needed: Vec<String>,
 }
 
 impl Kernel {
@@ -73,7 +76,7 @@ impl Kernel {
         let dir = data_dir.join("kernels");
         match source {
             KernelSource::Debian => newest_cached(&dir),
-            KernelSource::Path(path) => cached(&own_entry(&dir, path)?),
+            KernelSource::Path(path) => cached(&own_entry(&dir, path)?, &[]),
         }
     }
 }
@@ -87,12 +90,16 @@ fn own_entry(dir: &Path, path: &Path) -> Result<PathBuf> {
     Ok(dir.join(format!("own-{}", hex::encode(&Sha256::digest(identity)[..8]))))
 }
 
-/// Reads a cache entry. `None` when there is none.
-fn cached(entry: &Path) -> Result<Option<Kernel>> {
+/// Reads a cache entry with the modules for `needed`. `None` when there is none.
+fn cached(entry: &Path, needed: &[&str]) -> Result<Option<Kernel>> {
     let Ok(text) = fs::read(entry.join("meta.json")) else { return Ok(None) };
     let Ok(meta) = serde_json::from_slice::<Meta>(&text) else { return Ok(None) };
     if meta.version > FORMAT {
         return Err(Error::Newer { path: entry.to_owned(), found: meta.version, known: FORMAT });
+    }
+    if meta.needed != needed {
+        // Another kapsel's choice.
+        return Ok(None);
     }
     let modules = meta.modules.iter().map(|name| entry.join("modules").join(name)).collect();
     let kernel = Kernel { vmlinux: entry.join("vmlinux"), release: meta.release, modules };
@@ -109,7 +116,7 @@ fn newest_cached(dir: &Path) -> Result<Option<Kernel>> {
         let made = (meta.mtime(), meta.mtime_nsec());
         if fetched
             && newest.as_ref().is_none_or(|(time, _)| *time < made)
-            && let Some(kernel) = cached(&entry.path())?
+            && let Some(kernel) = cached(&entry.path(), modules::NEEDED)?
         {
             newest = Some((made, kernel));
         }
@@ -142,20 +149,20 @@ fn fetch(dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Kernel> {
         })
         .ok_or_else(|| Error::BadKernel { path: deb, what: "the package has no boot/vmlinuz".into() })?;
     let modules = modules::needed(&unpacked.join("lib/modules").join(&release), &release)?;
-    store(&dir.join(format!("{}_{}", package.name, package.version)), &vmlinuz, Some(&release), modules)
+    store(&dir.join(format!("{}_{}", package.name, package.version)), &vmlinuz, Some((&release, modules)))
 }
 
 fn from_path(dir: &Path, path: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Kernel> {
     let entry = own_entry(dir, path)?;
-    if let Some(kernel) = cached(&entry)? {
+    if let Some(kernel) = cached(&entry, &[])? {
         return Ok(kernel);
     }
     let _lock = Lock::take(dir, || progress(Progress::Waiting))?;
-    if let Some(kernel) = cached(&entry)? {
+    if let Some(kernel) = cached(&entry, &[])? {
         return Ok(kernel);
     }
     progress(Progress::Extracting);
-    store(&entry, path, None, Vec::new())
+    store(&entry, path, None)
 }
 
 fn work_dir(dir: &Path) -> Result<tempfile::TempDir> {
@@ -165,13 +172,14 @@ fn work_dir(dir: &Path) -> Result<tempfile::TempDir> {
         .context(|| format!("cannot create a directory in {}", dir.display()))
 }
 
-/// Makes the cache entry under a temporary name, and renames it: it is there completely or not at all.
-fn store(entry: &Path, image: &Path, release: Option<&str>, modules: Vec<modules::Module>) -> Result<Kernel> {
+/// Makes the cache entry under a temporary name, and renames it: it is there completely or not at all. A package's kernel
+/// has a release and modules.
+fn store(entry: &Path, image: &Path, package: Option<(&str, Vec<modules::Module>)>) -> Result<Kernel> {
     let bytes = fs::read(image).context(|| format!("cannot read {}", image.display()))?;
     let vmlinux = image::vmlinux(&bytes).map_err(|what| Error::BadKernel { path: image.to_owned(), what })?;
-    let release = match release {
-        Some(release) => release.to_owned(),
-        None => image::release(&vmlinux).unwrap_or_else(|| "unknown".into()),
+    let (release, modules, needed) = match package {
+        Some((release, modules)) => (release.to_owned(), modules, modules::NEEDED),
+        None => (image::release(&vmlinux).unwrap_or_else(|| "unknown".into()), Vec::new(), &[][..]),
     };
     let work = work_dir(entry.parent().unwrap_or(Path::new(".")))?;
     let write = |name: &Path, bytes: &[u8]| {
@@ -193,7 +201,12 @@ fn store(entry: &Path, image: &Path, release: Option<&str>, modules: Vec<modules
         write(&Path::new("modules").join(&name), &module.bytes)?;
         names.push(name);
     }
-    let meta = Meta { version: FORMAT, release, modules: names };
+    let meta = Meta {
+        version: FORMAT,
+        release,
+        modules: names,
+        needed: needed.iter().map(|&name| name.to_owned()).collect(),
+    };
     write(
         Path::new("meta.json"),
         &serde_json::to_vec_pretty(&meta).map_err(std::io::Error::from).context(|| "meta.json".into())?,
@@ -203,7 +216,7 @@ fn store(entry: &Path, image: &Path, release: Option<&str>, modules: Vec<modules
         fs::remove_dir_all(entry).context(|| format!("cannot replace {}", entry.display()))?;
     }
     fs::rename(work.path(), entry).context(|| format!("cannot create {}", entry.display()))?;
-    cached(entry)?.ok_or_else(|| Error::BadKernel {
+    cached(entry, needed)?.ok_or_else(|| Error::BadKernel {
         path: entry.to_owned(),
         what: "the cache entry cannot be read back".into(),
     })
@@ -257,6 +270,16 @@ mod tests {
     fn a_newer_format_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("meta.json"), r#"{"version": 2, "release": "7", "modules": []}"#).unwrap();
-        assert!(matches!(cached(dir.path()), Err(Error::Newer { found: 2, .. })));
+        assert!(matches!(cached(dir.path(), &[]), Err(Error::Newer { found: 2, .. })));
+    }
+
+    #[test]
+    fn an_entry_with_other_modules_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("vmlinux"), "").unwrap();
+        let meta = r#"{"version": 1, "release": "6", "modules": ["a.ko"], "needed": ["a"]}"#;
+        fs::write(dir.path().join("meta.json"), meta).unwrap();
+        assert!(cached(dir.path(), &["a"]).unwrap().is_some());
+        assert_eq!(cached(dir.path(), &["a", "b"]).unwrap(), None);
     }
 }

@@ -10,7 +10,7 @@ use crate::error::Context;
 use crate::{Error, Result, archive};
 
 /// What a sandbox's guest needs, as modules or built into the kernel.
-const NEEDED: &[&str] = &[
+pub(crate) const NEEDED: &[&str] = &[
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
@@ -19,6 +19,7 @@ const NEEDED: &[&str] = &[
     "virtiofs",
     "virtio_rng",
     "virtio_balloon",
+    "virtio_net",
 ];
 
 /// A module, unpacked.
