@@ -19,7 +19,7 @@ use kapsel_channel::Channel;
 
 pub use error::Error;
 pub use qemu::Qemu;
-pub use spec::{Accel, Attachment, Disk, Identity, JailOptions, MachineSpec, Share};
+pub use spec::{Accel, Attachment, Disk, Identity, JailOptions, MachineSpec, Nic, Share};
 pub use types::{Capabilities, ExitReason, Phase, Probe, Snapshot, Stats};
 
 /// `Result` with this crate's error.
@@ -34,7 +34,7 @@ pub trait Monitor: Send + Sync {
     /// What machines of this monitor can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// Identifies everything outside `spec.name`, `spec.dir`, disks' contents and shares that a snapshot depends on:
+    /// Identifies everything outside `spec.name`, `spec.dir`, disks' contents, shares and network interfaces that a snapshot depends on:
     /// monitor binary, machine shape, kernel, initramfs, command line, CPU. A snapshot is only restored under the same value.
     ///
     /// # Errors

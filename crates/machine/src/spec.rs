@@ -35,6 +35,8 @@ pub struct MachineSpec {
     pub disks: Vec<Disk>,
     /// Directories shared from the start. On [`crate::Monitor::restore`] they are plugged in after it.
     pub shares: Vec<Share>,
+    /// Network interfaces, in the order in which the guest sees them. On [`crate::Monitor::restore`] they are plugged in after it.
+    pub nics: Vec<Nic>,
     /// How guest code is executed.
     pub accel: Accel,
     /// A log file for the guest's console, cut at [`crate::CONSOLE_FILE_MAX`] bytes. `None`: only in memory.
@@ -65,6 +67,15 @@ pub struct Share {
     pub tag: String,
     /// The connection to the vhost-user back end (`kapsel-fsd`). Used once.
     pub socket: Arc<OwnedFd>,
+}
+
+/// A network interface (virtio-net).
+#[derive(Debug, Clone)]
+pub struct Nic {
+    /// By which the guest finds it.
+    pub mac: [u8; 6],
+    /// A tap that was made with IFF_VNET_HDR and IFF_NO_PI.
+    pub tap: Arc<OwnedFd>,
 }
 
 /// What can be plugged into a running machine.

@@ -28,6 +28,8 @@ pub struct Capabilities {
     pub snapshot: bool,
     /// [`crate::Attachment::Share`] and shares in the spec.
     pub shares: bool,
+    /// Network interfaces: [`crate::MachineSpec::nics`].
+    pub nics: bool,
     /// [`crate::Accel::Tcg`].
     pub tcg: bool,
 }

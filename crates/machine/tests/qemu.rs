@@ -77,6 +77,7 @@ fn spec(guest: &Guest, dir: &Path) -> MachineSpec {
         memory_mib: 256,
         disks: Vec::new(),
         shares: Vec::new(),
+        nics: Vec::new(),
         accel: Accel::Tcg,
         console: None,
         template: false,

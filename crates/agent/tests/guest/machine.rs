@@ -103,6 +103,7 @@ impl Machine {
             memory_mib: MEMORY_MIB,
             disks: vec![Disk { serial: "rootfs".into(), path: rootfs, read_only: true }],
             shares: Vec::new(),
+            nics: Vec::new(),
             accel: Accel::Tcg,
             console: Some(console.clone()),
             template: false,

@@ -27,7 +27,7 @@ use crate::error::Result;
 /// The allow-list of QEMU 7.2 for what kapsel does with it: microvm and q35 machines under TCG and KVM, virtio devices, vhost-user
 /// devices plugged and unplugged while it runs, snapshots written to and read from descriptors, QMP.
 ///
-/// No network but Unix sockets; no process, only threads; no io_uring, whose work no filter sees (QEMU falls back to poll
+/// No network but Unix sockets and the taps that it is given; no process, only threads; no io_uring, whose work no filter sees (QEMU falls back to poll
 /// and threads). TCG writes code and runs it, so memory may be writable and executable in turn.
 pub fn qemu() -> Result<BpfProgram> {
     AllowList::new("qemu")
@@ -141,11 +141,34 @@ fn fcntls() -> Vec<u64> {
     .to_vec()
 }
 
+/// What a tap can do, and what of it the guest's driver wants: the header's length and byte order, offloads, how much may be on
+/// its way. Not TUNSETIFF, which makes taps and takes those of others.
+const TAP: [u64; 8] = [
+    libc::TUNGETFEATURES,
+    libc::TUNGETIFF,
+    libc::TUNSETOFFLOAD,
+    libc::TUNSETSNDBUF,
+    libc::TUNGETVNETHDRSZ,
+    libc::TUNSETVNETHDRSZ,
+    libc::TUNSETVNETLE,
+    libc::TUNSETVNETBE,
+];
+
 /// Questions about descriptors: is it a terminal, is it a block device and of which sector size.
 fn ioctls() -> Vec<u64> {
     const BLKSSZGET: u64 = 0x1268;
     const BLKPBSZGET: u64 = 0x127b;
     const BLKGETSIZE64: u64 = 0x8008_1272;
     const XFS_IOC_DIOINFO: u64 = 0x8020_581e;
-    vec![libc::TCGETS, libc::FIONBIO, libc::FIOCLEX, BLKSSZGET, BLKPBSZGET, BLKGETSIZE64, XFS_IOC_DIOINFO]
+    let mut all = vec![
+        libc::TCGETS,
+        libc::FIONBIO,
+        libc::FIOCLEX,
+        BLKSSZGET,
+        BLKPBSZGET,
+        BLKGETSIZE64,
+        XFS_IOC_DIOINFO,
+    ];
+    all.extend(TAP);
+    all
 }

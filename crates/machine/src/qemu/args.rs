@@ -10,9 +10,10 @@ use std::ffi::OsString;
 
 use serde_json::{Value, json};
 
-use crate::{Accel, Error, MachineSpec, Result};
+use crate::{Accel, Error, MachineSpec, Nic, Result};
 
-/// Slots, by what is in them. The last sixteen are those that the guest's ACPI table (crate guest) tells of.
+/// Slots, by what is in them. The last sixteen are those that the guest's ACPI table (crate guest) tells of: shares from the first,
+/// network interfaces from the last.
 ///
 /// Slot 0 is for what needs no interrupt: QEMU's emulated IOAPIC takes this one, the first of the second IOAPIC, for the ISA timer's and
 /// moves it.
@@ -26,8 +27,8 @@ const SLOTS: usize = 24;
 
 /// The most disks of a machine.
 pub(super) const MAX_DISKS: usize = FIRST_SHARE - FIRST_DISK;
-/// The most shares of a machine.
-pub(super) const MAX_SHARES: usize = SLOTS - FIRST_SHARE;
+/// The most shares and network interfaces of a machine together.
+pub(super) const MAX_PLUGGED: usize = SLOTS - FIRST_SHARE;
 
 /// The guest's port for the channel: `/dev/virtio-ports/kapsel.0`.
 const PORT: &str = "kapsel.0";
@@ -87,6 +88,8 @@ pub(super) mod fds {
     pub(in super::super) const DISKS: i32 = 10;
     /// The first share; the others follow.
     pub(in super::super) const SHARES: i32 = 20;
+    /// The tap of the first network interface; the others follow.
+    pub(in super::super) const TAPS: i32 = 40;
 }
 
 /// Paths in the jail.
@@ -187,6 +190,13 @@ pub(super) fn build(spec: &MachineSpec, memory: Memory, start: From) -> Result<V
             args.pair("-device", share_device(n, &share.tag).to_string());
         }
     }
+    for (n, nic) in spec.nics.iter().enumerate() {
+        args.pair("-netdev", format!("tap,id={},fd={}", nic_backend(n), fds::TAPS + n as i32));
+        // A saved machine has none, so that those that need none are spared it.
+        if start != From::Snapshot {
+            args.pair("-device", nic_device(n, nic).to_string());
+        }
+    }
     if start == From::Snapshot {
         args.pair("-incoming", "defer");
     }
@@ -198,15 +208,27 @@ pub(super) fn share_chardev(n: usize) -> String {
     format!("share{n}")
 }
 
-/// What handles the plugging in of shares.
+/// What handles the plugging in of shares and network interfaces.
 ///
 /// QEMU's virtio-mmio buses have no hotplug handler, but take one. Of those that QEMU has, a SCSI bus's does with the device what has to be
-/// done here, which is nothing (the machine's own wants a processor); so machines with shares have an empty SCSI controller.
+/// done here, which is nothing (the machine's own wants a processor); so such machines have an empty SCSI controller.
 pub(super) const PLUGGER: &str = "plugger.0";
 
-/// The bus of the slot for the share `n`.
-pub(super) fn share_bus(n: usize) -> String {
-    format!("virtio-mmio-bus.{}", FIRST_SHARE + n)
+/// The back end of the network interface `n`.
+fn nic_backend(n: usize) -> String {
+    format!("net{n}")
+}
+
+/// The network interface `n`, as `-device` and `device_add` take it.
+pub(super) fn nic_device(n: usize, nic: &Nic) -> Value {
+    let mac: Vec<String> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    json!({
+        "driver": "virtio-net-device",
+        "id": format!("nic{n}"),
+        "bus": format!("virtio-mmio-bus.{}", SLOTS - 1 - n),
+        "netdev": nic_backend(n),
+        "mac": mac.join(":"),
+    })
 }
 
 /// The device of the share `n`, as `-device` and `device_add` take it.
@@ -214,7 +236,7 @@ pub(super) fn share_device(n: usize, tag: &str) -> Value {
     json!({
         "driver": "vhost-user-fs-device",
         "id": format!("fs{n}"),
-        "bus": share_bus(n),
+        "bus": format!("virtio-mmio-bus.{}", FIRST_SHARE + n),
         "chardev": share_chardev(n),
         "tag": tag,
         "queue-size": 512,
@@ -262,8 +284,10 @@ fn check(spec: &MachineSpec) -> Result<()> {
     if spec.disks.len() > MAX_DISKS {
         return invalid(format!("{} disks; it can have {MAX_DISKS}", spec.disks.len()));
     }
-    if spec.shares.len() > MAX_SHARES {
-        return invalid(format!("{} shared directories; it can have {MAX_SHARES}", spec.shares.len()));
+    if spec.shares.len() + spec.nics.len() > MAX_PLUGGED {
+        let (shares, nics) = (spec.shares.len(), spec.nics.len());
+        let what = "shared directories and network interfaces";
+        return invalid(format!("{shares} and {nics} {what}; it can have {MAX_PLUGGED} of both together"));
     }
     if let Some(disk) = spec.disks.iter().find(|disk| !plain(&disk.serial, 20)) {
         return invalid(format!(
@@ -274,8 +298,9 @@ fn check(spec: &MachineSpec) -> Result<()> {
     for share in &spec.shares {
         check_tag(&spec.name, &share.tag)?;
     }
-    if spec.template && !spec.shares.is_empty() {
-        return invalid("a template cannot have shared directories: QEMU cannot save them".into());
+    if spec.template && !(spec.shares.is_empty() && spec.nics.is_empty()) {
+        let what = "a template cannot have shared directories or network interfaces: they are plugged into its clones";
+        return invalid(what.into());
     }
     Ok(())
 }

@@ -26,7 +26,13 @@ pub(super) fn of(program: &Path, spec: &MachineSpec) -> Result<String> {
         ));
     }
     // The shape is the command line of a machine without what may differ between a saved machine and one made from it.
-    let shape = MachineSpec { name: "x".into(), shares: Vec::new(), template: false, ..spec.clone() };
+    let shape = MachineSpec {
+        name: "x".into(),
+        shares: Vec::new(),
+        nics: Vec::new(),
+        template: false,
+        ..spec.clone()
+    };
     for arg in args::build(&shape, Memory::Anonymous, args::From::Snapshot)? {
         hash.update(arg.as_encoded_bytes());
         hash.update([0]);

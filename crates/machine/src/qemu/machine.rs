@@ -11,7 +11,7 @@ use kapsel_jail::Exit;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
-use super::args::{self, MAX_SHARES, Memory};
+use super::args::{self, MAX_PLUGGED, Memory};
 use super::process::{Process, smaps_rollup};
 use super::qmp::{Qmp, QmpError};
 use super::{NAME, plug, snapshot};
@@ -33,6 +33,8 @@ pub(super) struct QemuMachine {
     memory: Memory,
     /// How many shares it has.
     shares: tokio::sync::Mutex<usize>,
+    /// How many it has room for.
+    most_shares: usize,
     memory_file: Option<PathBuf>,
     phases: Mutex<Vec<Phase>>,
     session: Mutex<Option<Mux>>,
@@ -48,9 +50,10 @@ impl QemuMachine {
         memory_file: Option<PathBuf>,
         phases: Vec<(&str, Duration)>,
     ) -> QemuMachine {
-        // What was passed to QEMU is closed here: a back end sees its end when QEMU has ended.
+        // What was passed to QEMU is closed here: a back end sees its end when QEMU has ended, and taps go with it.
         let shares = tokio::sync::Mutex::new(spec.shares.len());
-        let spec = MachineSpec { shares: Vec::new(), ..spec.clone() };
+        let most_shares = MAX_PLUGGED - spec.nics.len();
+        let spec = MachineSpec { shares: Vec::new(), nics: Vec::new(), ..spec.clone() };
         let phases = phases.into_iter().map(|(name, took)| Phase { name: name.to_owned(), took }).collect();
         QemuMachine {
             process,
@@ -59,6 +62,7 @@ impl QemuMachine {
             fingerprint,
             memory,
             shares,
+            most_shares,
             memory_file,
             phases: Mutex::new(phases),
             session: Mutex::new(None),
@@ -232,8 +236,9 @@ impl Machine for QemuMachine {
             ));
         }
         let mut shares = self.shares.lock().await;
-        if *shares >= MAX_SHARES {
-            return unsupported(format!("give the machine {} more than {MAX_SHARES} shares", self.spec.name));
+        if *shares >= self.most_shares {
+            let (name, most) = (&self.spec.name, self.most_shares);
+            return unsupported(format!("give the machine {name} more than {most} shares"));
         }
         let n = *shares;
         // Not tried again after a failure: what QEMU has made of it is unknown.
@@ -245,7 +250,8 @@ impl Machine for QemuMachine {
             let address = json!({ "type": "fd", "data": { "str": chardev } });
             let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
             qmp.execute("chardev-add", json!({ "id": chardev, "backend": backend }), COMMAND).await?;
-            let plugged = tokio::time::timeout(COMMAND, plug(&mut qmp, n, &share.tag)).await;
+            let plugged =
+                tokio::time::timeout(COMMAND, plug(&mut qmp, args::share_device(n, &share.tag))).await;
             plugged.unwrap_or(Err(QmpError::Deadline(COMMAND)))
         };
         tokio::select! {

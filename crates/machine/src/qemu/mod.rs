@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::error::Context;
 use crate::{Capabilities, Error, Machine, MachineSpec, Monitor, Probe, Result, Snapshot};
@@ -95,7 +95,7 @@ impl Monitor for Qemu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { snapshot: true, shares: true, tcg: true }
+        Capabilities { snapshot: true, shares: true, nics: true, tcg: true }
     }
 
     fn fingerprint(&self, spec: &MachineSpec) -> Result<String> {
@@ -165,14 +165,19 @@ impl Monitor for Qemu {
         guarded(&process, spec, "loading the saved state", resumed).await?;
         let restored = up.elapsed();
         for (n, share) in spec.shares.iter().enumerate() {
-            guarded(&process, spec, "plugging in a share", plug(&mut qmp, n, &share.tag)).await?;
+            let share = args::share_device(n, &share.tag);
+            guarded(&process, spec, "plugging in a share", plug(&mut qmp, share)).await?;
+        }
+        for (n, nic) in spec.nics.iter().enumerate() {
+            let nic = args::nic_device(n, nic);
+            guarded(&process, spec, "plugging in a network interface", plug(&mut qmp, nic)).await?;
         }
         let phases = vec![
             ("memory", copied),
             ("spawn", spawned),
             ("monitor", up - begun - prepared - spawned),
             ("restore", restored),
-            ("shares", up.elapsed() - restored),
+            ("plug", up.elapsed() - restored),
         ];
         Ok(Arc::new(QemuMachine::new(process, qmp, spec, fingerprint, memory, memory_file, phases)))
     }
@@ -186,13 +191,12 @@ fn memory_file(spec: &MachineSpec) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Plugs in the share `n`, whose connection QEMU has.
+/// Plugs in a device, whose back end QEMU has.
 ///
 /// The guest is not told: its agent makes the driver look at the slot again.
-async fn plug(qmp: &mut Qmp, n: usize, tag: &str) -> Result<(), qmp::QmpError> {
-    let handler =
-        json!({ "path": args::share_bus(n), "property": "hotplug-handler", "value": args::PLUGGER });
-    let id = qmp.send(&[("qom-set", handler), ("device_add", args::share_device(n, tag))]).await?;
+async fn plug(qmp: &mut Qmp, device: Value) -> Result<(), qmp::QmpError> {
+    let handler = json!({ "path": device["bus"], "property": "hotplug-handler", "value": args::PLUGGER });
+    let id = qmp.send(&[("qom-set", handler), ("device_add", device)]).await?;
     qmp.answer(id).await.map(drop)
 }
 

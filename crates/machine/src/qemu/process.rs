@@ -84,6 +84,10 @@ impl Process {
             let socket = share.socket.try_clone().context(|| "cannot duplicate a descriptor".into())?;
             jail = jail.fd(socket, fds::SHARES + n as i32);
         }
+        for (n, nic) in spec.nics.iter().enumerate() {
+            let tap = nic.tap.try_clone().context(|| "cannot duplicate a descriptor".into())?;
+            jail = jail.fd(tap, fds::TAPS + n as i32);
+        }
         let log = spec.console.as_ref().map(|path| {
             File::create(path).context(|| format!("cannot create the console log {}", path.display()))
         });

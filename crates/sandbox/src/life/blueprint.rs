@@ -103,6 +103,7 @@ pub fn draw(
         memory_mib,
         disks,
         shares: Vec::new(),
+        nics: Vec::new(),
         accel: choice.accel,
         console: occupant.console,
         template: false,
