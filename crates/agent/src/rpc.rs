@@ -72,7 +72,7 @@ impl Agent for Service {
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> Result<ConfigureResponse> {
         let _order = self.order.lock().await;
         let mut phases = Phases::start();
-        self.sandbox.configure(&request, &mut phases)?;
+        self.sandbox.configure(&request, &mut phases).await?;
         Ok(ConfigureResponse { phases: phases.into_vec(), ..Default::default() })
     }
 

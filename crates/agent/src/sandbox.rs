@@ -50,11 +50,11 @@ impl Sandbox {
         set_clock(unix_time_ns).map_err(|e| Error::Internal(format!("setting the clock: {e}")))
     }
 
-    /// Gives the guest randomness, time and a name of its own.
+    /// Gives the guest randomness, time, a name and a network of its own.
     ///
     /// # Errors
     /// When it has them already, or the kernel refuses.
-    pub fn configure(&self, request: &api::ConfigureRequest, phases: &mut Phases) -> Result<()> {
+    pub async fn configure(&self, request: &api::ConfigureRequest, phases: &mut Phases) -> Result<()> {
         if self.is_configured() {
             return Err(Error::State("the guest was configured before".into()));
         }
@@ -76,6 +76,10 @@ impl Sandbox {
         set_clock(request.unix_time_ns).map_err(|e| Error::Internal(format!("setting the clock: {e}")))?;
         rustix::system::sethostname(hostname.as_bytes()).map_err(io::Error::from)?;
         phases.lap("identity");
+        if !request.interfaces.is_empty() {
+            crate::net::configure(&request.interfaces).await?;
+            phases.lap("network");
+        }
         self.configured.store(true, Ordering::Relaxed);
         Ok(())
     }

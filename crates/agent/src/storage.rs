@@ -129,9 +129,12 @@ fn disk(serial: &str) -> Option<String> {
     })
 }
 
-/// Asks the kernel to look again at those virtio slots that were empty when it booted: a clone's shares come with the clone,
-/// and what its template found empty has no driver.
-fn probe_slots() -> io::Result<()> {
+/// Asks the kernel to look again at those virtio slots that were empty when it booted: a clone's shares and network interfaces
+/// come with the clone, and what its template found empty has no driver.
+///
+/// # Errors
+/// When the slots cannot be listed.
+pub fn probe_slots() -> io::Result<()> {
     const BIND: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
     for entry in std::fs::read_dir("/sys/bus/platform/devices")?.flatten() {
         let name = entry.file_name();

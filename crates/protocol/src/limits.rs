@@ -30,6 +30,18 @@ pub const ID_MAX: usize = 128;
 /// Bytes of a host name (the kernel's __NEW_UTS_LEN).
 pub const HOSTNAME_MAX: usize = 64;
 
+/// Network interfaces of a sandbox.
+pub const INTERFACES_MAX: usize = 8;
+
+/// Addresses, routes and neighbours of one network interface, each.
+pub const INTERFACE_ENTRIES_MAX: usize = 1024;
+
+/// Bytes of a network interface's name (the kernel's IFNAMSIZ without the NUL).
+pub const INTERFACE_NAME_MAX: usize = 15;
+
+/// Bytes of `/etc/hosts` or `/etc/resolv.conf` for containers.
+pub const NAMES_FILE_MAX: usize = 256 << 10;
+
 /// Bytes of entropy that Configure needs at least.
 pub const ENTROPY_MIN: usize = 64;
 
