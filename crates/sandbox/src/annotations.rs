@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use oci_spec::runtime::Spec;
 
 use crate::config::{Isolation, parse_size};
+use crate::network::Network;
 
 /// [`Isolation`]: `auto`, `kvm` or `tcg`.
 pub const ISOLATION: &str = "io.kapsel.isolation";
@@ -16,6 +17,8 @@ pub const CPUS: &str = "io.kapsel.cpus";
 pub const COLD: &str = "io.kapsel.cold";
 /// Size of the scratch disk in bytes, instead of an overlay in memory.
 pub const STORAGE: &str = "io.kapsel.storage";
+/// [`Network`]: `none` or `ns:PATH`; without it, the network namespace that the specification names by a path.
+pub const NETWORK: &str = "io.kapsel.network";
 /// The signal that asks the container to stop, as a number.
 pub const STOP_SIGNAL: &str = "io.kapsel.stop-signal";
 
@@ -61,6 +64,8 @@ pub struct Wishes {
     pub cold: bool,
     /// Bytes of the scratch disk.
     pub storage: Option<u64>,
+    /// Which network; `None`: what the specification says.
+    pub network: Option<Network>,
     /// Signal number.
     pub stop_signal: Option<i32>,
 }
@@ -86,6 +91,7 @@ impl Wishes {
                 ISOLATION => wishes.isolation = Some(value.parse().map_err(bad)?),
                 MEMORY => wishes.memory = Some(parse_size(value).map_err(bad)?),
                 STORAGE => wishes.storage = Some(parse_size(value).map_err(bad)?),
+                NETWORK => wishes.network = Some(value.parse().map_err(bad)?),
                 CPUS => {
                     let cpus = value.parse().ok().filter(|n| (1..=64).contains(n));
                     wishes.cpus = Some(cpus.ok_or_else(|| bad("expected a number, 1 to 64".into()))?);
@@ -117,6 +123,7 @@ impl Wishes {
         put(CPUS, self.cpus.map(|n| n.to_string()));
         put(COLD, self.cold.then(|| "true".into()));
         put(STORAGE, self.storage.map(|n| n.to_string()));
+        put(NETWORK, self.network.as_ref().map(Network::to_string));
         put(STOP_SIGNAL, self.stop_signal.map(|n| n.to_string()));
         map
     }
@@ -134,6 +141,7 @@ mod tests {
             cpus: Some(2),
             cold: true,
             storage: Some(1 << 30),
+            network: Some(Network::Namespace("/run/netns/a".into())),
             stop_signal: Some(3),
         };
         assert_eq!(Wishes::parse(&wishes.to_annotations()), Ok(wishes));
@@ -144,9 +152,14 @@ mod tests {
         let one = |key: &str, value: &str| Wishes::parse(&HashMap::from([(key.into(), value.into())]));
         assert_eq!(one("org.example", "x"), Ok(Wishes::default()));
         assert!(matches!(one("io.kapsel.colour", "red"), Err(Error::Unknown(_))));
-        for (key, value) in
-            [(CPUS, "0"), (MEMORY, "much"), (COLD, "yes"), (ISOLATION, "none"), (STOP_SIGNAL, "99")]
-        {
+        for (key, value) in [
+            (CPUS, "0"),
+            (MEMORY, "much"),
+            (COLD, "yes"),
+            (ISOLATION, "none"),
+            (NETWORK, "host"),
+            (STOP_SIGNAL, "99"),
+        ] {
             assert!(matches!(one(key, value), Err(Error::BadValue { .. })), "{key}={value}");
         }
     }

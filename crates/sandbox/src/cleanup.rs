@@ -1,4 +1,4 @@
-//! What a killed shim left behind: mounts, cgroups, sockets, directories. Every command of kapsel does this first.
+//! What a killed shim left behind: mounts, redirected network interfaces, cgroups, sockets, directories. Every command of kapsel does this first.
 
 use std::{
     fs, io,
@@ -102,6 +102,9 @@ pub fn resources(paths: &Paths, bundle: &Bundle) -> Result<(), Error> {
     for path in [bundle.shim_socket(), bundle.attach_socket(), paths.scratch_disk(name)] {
         absent(fs::remove_file(&path)).map_err(|source| failed("remove", &path, source))?;
     }
+    kapsel_network::release(&bundle.network())
+        .map_err(|source| failed("disconnect", bundle.dir(), io::Error::other(source)))?;
+    // The last one: while it is there the rest is tried again.
     let dir = bundle.machine_dir();
     absent(fs::remove_dir_all(&dir)).map_err(|source| failed("remove", &dir, source))
 }

@@ -15,6 +15,7 @@ pub mod life;
 pub mod listing;
 pub mod logs;
 mod names;
+pub mod network;
 pub mod owner;
 pub mod paths;
 pub mod programs;

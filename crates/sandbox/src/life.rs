@@ -9,6 +9,7 @@ mod copy;
 mod end;
 mod error;
 pub mod guest_spec;
+mod network;
 mod process;
 mod resources;
 mod shares;
@@ -98,6 +99,7 @@ struct Later {
 struct Host {
     machine: Option<Arc<dyn Machine>>,
     servers: shares::Servers,
+    network: network::Connection,
     cgroup: Option<kapsel_jail::Cgroup>,
 }
 

@@ -304,6 +304,11 @@ impl Bundle {
         self.0.join("timings.json")
     }
 
+    /// What must be undone in a network namespace ([`kapsel_network::release`]).
+    pub fn network(&self) -> PathBuf {
+        self.0.join("network.json")
+    }
+
     /// The monitor's and fsd's directory: their sockets.
     pub fn machine_dir(&self) -> PathBuf {
         self.0.join("m")

@@ -108,6 +108,7 @@ fn wishes(image: &ImageDefaults, options: &RunOptions) -> Result<Wishes, Error> 
         cpus: options.limits.cpus.map(whole_cpus),
         cold: options.cold,
         storage: options.storage,
+        network: Some(options.network.clone()),
         stop_signal,
     })
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use kapsel_sandbox::config::{self, parse_size};
+use kapsel_sandbox::network::Network;
 use kapsel_sandbox::spec::{Tmpfs, Ulimit, Volume};
 
 use super::value::{DetachKeys, EnvVar, Label, cpus, signal};
@@ -57,6 +58,9 @@ pub struct Run {
     /// What the file system holds.
     #[command(flatten)]
     pub files: FileFlags,
+    /// Whom it can reach.
+    #[command(flatten)]
+    pub network: NetworkFlags,
     /// What the machine has.
     #[command(flatten)]
     pub machine: MachineFlags,
@@ -122,6 +126,15 @@ pub struct FileFlags {
     /// Refuse changes to the container's file system
     #[arg(long)]
     pub read_only: bool,
+}
+
+/// Flags about the network.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkFlags {
+    /// Network of the container: none, or ns:PATH for the interfaces of a network namespace
+    #[arg(long, value_name = "NETWORK", default_value = "none")]
+    pub network: Network,
 }
 
 /// Flags about the machine, the same for `run` and `do`.

@@ -1,9 +1,10 @@
 //! What a stand-in does: make its container or process, carry streams and signals, end as it ends.
 
-use std::{os::fd::AsFd, time::Duration};
+use std::{os::fd::AsFd, path::PathBuf, time::Duration};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use kapsel_sandbox::{
+    annotations::NETWORK,
     client::{Client, Error as ClientError, ProcessStatus},
     launch,
     paths::Id,
@@ -12,6 +13,7 @@ use kapsel_sandbox::{
     removal,
     signals::{Event, Signals},
 };
+use oci_spec::runtime::Spec;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::{
@@ -72,7 +74,8 @@ async fn launch(host: &Host, order: &NewContainer) -> anyhow::Result<(launch::Sa
     let wanted = Wanted::of(order.terminal);
     record.stdin = true;
     let options = launch::Options { leash: true, root: host.root.as_deref(), config_file: None };
-    let sandbox = launch::launch(&host.paths, &host.config, &mut record, &order.spec, options).await?;
+    let spec = connected(order)?;
+    let sandbox = launch::launch(&host.paths, &host.config, &mut record, &spec, options).await?;
     let bundle = sandbox.bundle.clone();
     let connecting = tokio::task::spawn_blocking(move || Streams::open(&bundle, "", wanted));
     // The shim gives up first: it can say why.
@@ -93,6 +96,24 @@ async fn launch(host: &Host, order: &NewContainer) -> anyhow::Result<(launch::Sa
             Err(error)
         }
     }
+}
+
+/// The specification with the namespace whose interfaces the sandbox shall have: what engine and hooks have put there by now.
+fn connected(order: &NewContainer) -> anyhow::Result<Spec> {
+    let path = match &order.network {
+        Network::New => PathBuf::from(format!("/proc/{}/ns/net", std::process::id())),
+        Network::At(path) => path.clone(),
+    };
+    let mut spec = order.spec.clone();
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    let wish = kapsel_sandbox::network::Network::Namespace(path);
+    if annotations.insert(NETWORK.into(), wish.to_string()).is_some() {
+        bail!(
+            "the annotation {NETWORK} is not for engines: they say with their own network settings what a container gets"
+        );
+    }
+    spec.set_annotations(Some(annotations));
+    Ok(spec)
 }
 
 /// Stands for a process that is added to a container.

@@ -65,15 +65,16 @@ impl Agent {
         Ok(cut(&reply.kernel_release, 64))
     }
 
-    /// Makes the guest a machine of its own.
+    /// Makes the guest a machine of its own, with these network interfaces.
     ///
     /// # Errors
     /// When the guest refuses or does not answer.
-    pub async fn configure(&self, hostname: &str) -> Result<(), Error> {
+    pub async fn configure(&self, hostname: &str, interfaces: Vec<api::Interface>) -> Result<(), Error> {
         let request = api::ConfigureRequest {
             entropy: crate::paths::random_bytes::<256>().to_vec(),
             unix_time_ns: crate::record::now(),
             hostname: hostname.into(),
+            interfaces,
             ..Default::default()
         };
         let deadline = limits::CALL_DEADLINE;

@@ -146,14 +146,16 @@ impl Sandbox {
             self.write_out().await;
         }
         // 3. The machine, then what served it.
-        let (machine, servers, cgroup) = {
+        let (machine, servers, network, cgroup) = {
             let mut host = lock(&self.host);
-            (host.machine.take(), std::mem::take(&mut host.servers), host.cgroup.take())
+            let network = std::mem::take(&mut host.network);
+            (host.machine.take(), std::mem::take(&mut host.servers), network, host.cgroup.take())
         };
         if let Some(machine) = machine {
             machine.kill().await;
         }
         drop(servers);
+        drop(network);
         drop(cgroup);
         self.init.cut().await;
         for process in added {

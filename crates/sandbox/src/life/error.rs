@@ -52,6 +52,9 @@ pub enum Error {
     /// The machine could not be started.
     #[error("cannot start the sandbox's machine: {0}; `kapsel doctor` checks what machines need")]
     Machine(#[from] kapsel_machine::Error),
+    /// The sandbox cannot be connected.
+    #[error(transparent)]
+    Network(#[from] kapsel_network::Error),
     /// A process of the host could not be confined or started.
     #[error("cannot start {what}: {reason}; `kapsel doctor` checks what machines need")]
     Helper {
@@ -105,6 +108,12 @@ impl Error {
             | Self::Annotation(_)
             | Self::Seccomp(_)
             | Self::Invalid(_) => Code::INVALID_ARGUMENT,
+            Self::Network(error) => match error {
+                kapsel_network::Error::Namespace { .. }
+                | kapsel_network::Error::Host(_)
+                | kapsel_network::Error::TooMany { .. } => Code::INVALID_ARGUMENT,
+                _ => Code::FAILED_PRECONDITION,
+            },
             Self::Resources(_) | Self::OutOfMemory => Code::RESOURCE_EXHAUSTED,
             Self::NotFound(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,

@@ -11,12 +11,14 @@ use super::{
     blueprint::{self, Blueprint, Occupant, Scratch},
     guest_spec::{self, GuestSpec, Rootfs},
     lock,
+    network::{Connection, Plugs},
     shares::{self, Servers},
     size,
 };
 use crate::{
     client::RootfsMount,
     logs::Writer,
+    network::Network,
     record::MachineInfo,
     seccomp::{self, Filter},
     stdio::{Log, Plan, Streams, announce, token},
@@ -128,9 +130,15 @@ impl Sandbox {
         lock(&self.host).servers = servers;
         drop(phase);
 
-        // 3. The machine: a clone of a template, or a cold boot.
+        // 3. The network.
+        let Plugs { nics, interfaces } = self.connect(guest_spec.shares.len()).await?;
+        blueprint.spec.nics = nics;
+
+        // 4. The machine: a clone of a template, or a cold boot.
         let (machine, origin) = self.machine(&blueprint, prepared.as_ref()).await?;
         drop(scratch);
+        // The monitor has the taps now: they shall go with it.
+        blueprint.spec.nics.clear();
         lock(&self.host).machine = Some(machine.clone());
         self.watch_machine(&machine);
         machine
@@ -138,7 +146,7 @@ impl Sandbox {
             .iter()
             .for_each(|p| self.watch.add(format!("machine: {}", p.name), p.took.as_secs_f64() * 1e3));
 
-        // 4. The agent. Its requests follow each other without waiting for answers: it carries them out in order.
+        // 5. The agent. Its requests follow each other without waiting for answers: it carries them out in order.
         let phase = self.watch.phase("agent");
         let channel = machine.connect(self.config.start_timeout()).await?;
         let agent = Agent::open(&channel, self.watch.clone()).await?;
@@ -148,15 +156,19 @@ impl Sandbox {
                 guest_spec.spec.process().clone().ok_or_else(|| Error::Invalid("no process".into()))?;
             let seccomp = filter.unwrap_or_default();
             *lock(&self.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
-            let (release, configured) = tokio::join!(agent.hello(), agent.configure(&hostname));
+            let (release, configured) = tokio::join!(agent.hello(), agent.configure(&hostname, interfaces));
             configured?;
             (release?, pid)
         } else {
             let token = token();
             let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
             let streams = Streams::connect(&*channel, token, &plan, &self.init.hub, log);
-            let (release, configured, created, streams) =
-                tokio::join!(agent.hello(), agent.configure(&hostname), agent.create(&create), streams);
+            let (release, configured, created, streams) = tokio::join!(
+                agent.hello(),
+                agent.configure(&hostname, interfaces),
+                agent.create(&create),
+                streams
+            );
             let release = release?;
             configured?;
             let pid = created?;
@@ -165,7 +177,7 @@ impl Sandbox {
         };
         drop(phase);
 
-        // 5. Known from here on.
+        // 6. Known from here on.
         self.note(|record| {
             record.machine = Some(MachineInfo {
                 accelerator: blueprint.accelerator().into(),
@@ -185,6 +197,18 @@ impl Sandbox {
         self.init.set(State::Created);
         self.want_template(&blueprint, origin, prepared.as_ref());
         Ok(pid)
+    }
+
+    /// Makes the connection to the network that the sandbox shall have.
+    async fn connect(&self, shares: usize) -> Result<Plugs, Error> {
+        let network = self.wishes.network.clone().unwrap_or_else(|| Network::of(&self.spec));
+        if network == Network::None {
+            return Ok(Plugs::default());
+        }
+        let _phase = self.watch.phase("network");
+        let (connection, plugs) = Connection::make(&network, &self.bundle.network(), shares).await?;
+        lock(&self.host).network = connection;
+        Ok(plugs)
     }
 
     fn draw(&self, rootfs: Option<PathBuf>, scratch: &Option<Scratch>) -> Result<Blueprint, Error> {

@@ -6,6 +6,7 @@ use oci_spec::image::ImageConfiguration;
 
 use super::Error;
 use crate::config::{Isolation, parse_size};
+use crate::network::Network;
 
 /// What an image says how it wants to be run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -121,6 +122,8 @@ pub struct RunOptions {
     pub cold: bool,
     /// Bytes of a scratch disk, instead of an overlay in memory.
     pub storage: Option<u64>,
+    /// Which network.
+    pub network: Network,
     /// Replaces the image's stop signal.
     pub stop_signal: Option<String>,
 }

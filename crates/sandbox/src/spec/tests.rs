@@ -1,4 +1,5 @@
 use super::*;
+use crate::network::Network;
 
 fn image() -> ImageDefaults {
     ImageDefaults {
@@ -53,6 +54,7 @@ fn everything_asked_for() {
         isolation: Some(crate::config::Isolation::Tcg),
         cold: true,
         storage: Some(1 << 30),
+        network: Network::Namespace("/run/netns/a".into()),
         stop_signal: Some("HUP".into()),
         entrypoint: None,
     };

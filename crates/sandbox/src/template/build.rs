@@ -107,7 +107,8 @@ pub fn build_in_background(
         let log = log.map_err(|e| e.to_string())?;
         let mut command = Command::new(program);
         command.arg("build-template");
-        for (key, value) in wishes.to_annotations() {
+        // A template has no network; its clones are given theirs.
+        for (key, value) in (Wishes { network: None, ..wishes.clone() }).to_annotations() {
             command.arg("--annotation").arg(format!("{key}={value}"));
         }
         let stdin = match prepared {

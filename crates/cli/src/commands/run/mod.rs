@@ -87,6 +87,7 @@ pub fn run(host: &Host, flags: Run, mut trace: Trace) -> Outcome {
         read_only: flags.files.read_only,
         tmpfs: flags.files.tmpfs.clone(),
         volumes: flags.files.volumes.clone(),
+        network: flags.network.network.clone(),
         stop_signal: flags.stop_signal.map(|signal| signal.to_string()),
         ..machine_options(host, &flags.machine)?
     };
@@ -101,6 +102,7 @@ pub fn run(host: &Host, flags: Run, mut trace: Trace) -> Outcome {
 }
 
 fn check(flags: &Run) -> Result<(), Failure> {
+    flags.network.network.check()?;
     if flags.terminal && flags.interactive && !flags.detach && !terminal::stdin_is_terminal() {
         return Err(
             Failure::new("-t needs a terminal, and standard input is none").hint("leave -t out, and keep -i")
