@@ -6,6 +6,7 @@ mod faults;
 mod files;
 mod life;
 mod limits;
+mod network;
 mod place;
 mod pty;
 mod refused;

@@ -259,7 +259,8 @@ pub fn lives(pid: u64) -> bool {
 /// Debian's busybox with the tools that the tests use, and a user beside root.
 fn rootfs() -> Option<Vec<u8>> {
     const TOOLS: &str = "sh ls cat echo true false sleep id uname env stty dd wc md5sum hostname yes head tail kill \
-                         touch mkdir rm mount grep sed nproc free seq ps tty stat pwd printf ln date";
+                         touch mkdir rm mount grep sed nproc free seq ps tty stat pwd printf ln date ip ping nc netstat \
+                         wget httpd";
     let busybox = fs::read("/bin/busybox").ok()?;
     let mut tar = TarBuilder::new();
     for dir in ["bin", "dev", "etc", "home", "home/joe", "proc", "root", "run", "sys", "tmp", "usr", "var"] {
