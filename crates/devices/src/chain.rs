@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, Permissions};
 
-use crate::Memory;
+use crate::{Memory, Slice};
 
 /// No chain has more buffers than this, whatever the guest's indirect tables say.
 pub const MAX_BUFFERS: usize = 1024;
@@ -127,7 +128,7 @@ pub struct TooShort;
 /// A sequence of buffers, consumed from its front.
 #[derive(Debug, Default)]
 pub struct Buffers<'m> {
-    slices: VecDeque<VolatileSlice<'m, ()>>,
+    slices: VecDeque<Slice<'m>>,
     length: u64,
 }
 
@@ -194,19 +195,32 @@ impl<'m> Buffers<'m> {
 
     /// For system calls on the buffers' memory. Valid as long as the guest's memory is, which `'m` says.
     pub fn iovecs(&self) -> Vec<libc::iovec> {
-        let vector = |slice: &VolatileSlice<'m, ()>| libc::iovec {
+        let vector = |slice: &Slice<'m>| libc::iovec {
             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
             iov_len: slice.len(),
         };
         self.slices.iter().map(vector).collect()
     }
 
+    /// Says that a system call has written, or may write, the first `count` bytes.
+    pub fn mark_written(&self, count: u64) {
+        let mut left = usize::try_from(count).unwrap_or(usize::MAX);
+        for slice in &self.slices {
+            let marked = left.min(slice.len());
+            slice.bitmap().mark_dirty(0, marked);
+            left -= marked;
+            if left == 0 {
+                break;
+            }
+        }
+    }
+
     /// The buffers themselves.
-    pub fn slices(&self) -> impl Iterator<Item = &VolatileSlice<'m, ()>> {
+    pub fn slices(&self) -> impl Iterator<Item = &Slice<'m>> {
         self.slices.iter()
     }
 
-    fn consume(&mut self, count: u64, mut take: impl FnMut(VolatileSlice<'m, ()>)) -> Result<(), TooShort> {
+    fn consume(&mut self, count: u64, mut take: impl FnMut(Slice<'m>)) -> Result<(), TooShort> {
         if count > self.length {
             return Err(TooShort);
         }

@@ -14,6 +14,7 @@ pub mod balloon;
 pub mod block;
 pub mod calls;
 pub mod chain;
+pub mod dirty;
 mod interrupt;
 pub mod mmio;
 pub mod net;
@@ -35,7 +36,10 @@ use queue::{Position, Queue, QueueError};
 use state::{Reader, StateError, Writer};
 
 /// The guest's memory.
-pub type Memory = vm_memory::GuestMemoryMmap<()>;
+pub type Memory = vm_memory::GuestMemoryMmap<dirty::Dirty>;
+
+/// A part of it.
+pub(crate) type Slice<'m> = vm_memory::VolatileSlice<'m, vm_memory::bitmap::BS<'m, dirty::Dirty>>;
 
 /// A counter's name and its value.
 pub type Metric = (&'static str, u64);

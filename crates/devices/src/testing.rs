@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::dirty::{Dirty, PAGE};
 use crate::mmio::{Slot, Transport, register};
 use crate::queue::{Queue, QueueConfig};
 use crate::{Device, Interrupt, Memory};
@@ -12,9 +14,27 @@ use crate::{Device, Interrupt, Memory};
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 
-/// 1 MiB of guest memory at address 0.
+const SIZE: usize = 0x10_0000;
+
+/// 1 MiB of guest memory at address 0, with marks of what is written.
 pub fn memory() -> Memory {
-    Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap()
+    let mapping = MmapRegionBuilder::new_with_bitmap(SIZE, Dirty::new(SIZE, true))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+        .build()
+        .unwrap();
+    Memory::from_regions(vec![GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap()]).unwrap()
+}
+
+/// Everything that was ever written is marked: a snapshot of what changed would lack it otherwise.
+pub fn assert_marked(memory: &Memory) {
+    let mapping = memory.iter().next().unwrap().get_mmap();
+    let mut page = [0; PAGE.get()];
+    for address in (0..SIZE).step_by(PAGE.get()) {
+        memory.read_slice(&mut page, GuestAddress(address as u64)).unwrap();
+        let marked = mapping.bitmap().pages().unwrap().is_addr_set(address);
+        assert!(marked || page.iter().all(|byte| *byte == 0), "{address:#x} was written and is not marked");
+    }
 }
 
 /// One queue as a driver sees it. Queue n has its rings at n * 4 KiB; tests use memory from 0x2000 for buffers unless they
@@ -232,6 +252,7 @@ pub fn fuzz<D: Device>(
         for _ in 0..24 {
             one_step(&mut rig, &mut random, &mut payload);
         }
+        assert_marked(&rig.drivers[0].memory);
     }
     assert!(started.elapsed() < Duration::from_secs(60), "the device is slow on hostile input");
 }

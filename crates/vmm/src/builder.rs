@@ -7,14 +7,14 @@ use std::time::Duration;
 use kapsel_devices::mmio::{Transport, register};
 use kapsel_devices::state::{Reader, StateError};
 use kapsel_devices::{Device, Memory, balloon, block, net, rng, vsock};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::boot_timer::BootTimer;
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
-use crate::config::{CacheType, Config, RateLimiter};
+use crate::config::{CacheType, Config, MachineConfig, RateLimiter};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
@@ -101,7 +101,8 @@ pub fn build(
     surroundings: &Surroundings,
 ) -> Result<Machine, Error> {
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
-    let memory = memory::allocate(config.machine_config.mem_size_mib, config.machine_config.huge_pages)?;
+    let machine = &config.machine_config;
+    let memory = memory::allocate(machine.mem_size_mib, machine.huge_pages, machine.track_dirty_pages)?;
     let console = |line, drained| Ok(Console::new(line, drained, output));
     let parts = Parts::assemble(config, memory, console, surroundings)?;
 
@@ -135,7 +136,8 @@ pub fn restore(
     let cpus = cpus.into_iter().map(ProcessorState::read).collect::<Result<Vec<_>, _>>()?;
     let machine = MachineState::read(machine)?;
 
-    let memory = snapshot::memory::load(config.machine_config.mem_size_mib, load.memory()?)?;
+    let MachineConfig { mem_size_mib, track_dirty_pages, .. } = config.machine_config;
+    let memory = snapshot::memory::load(mem_size_mib, load.memory()?, track_dirty_pages)?;
     let built = |error: Error| snapshot::Error::from(Box::new(error));
     let console = |line, drained| Ok(Console::restored(line, drained, output, console)?);
     let parts = Parts::assemble(&config, memory, console, surroundings).map_err(built)?;
@@ -241,7 +243,7 @@ fn create_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd, Error> {
     for (slot, region) in memory.iter().enumerate() {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
-            flags: 0,
+            flags: if region.get_mmap().bitmap().pages().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,

@@ -78,7 +78,7 @@ pub struct MachineConfig {
     /// Two processors to a core. Only `false` is possible: each has a core of its own.
     #[serde(default)]
     pub smt: bool,
-    /// A log of written pages. Only `false` is possible.
+    /// A log of written pages, so that a snapshot can hold only those ([`snapshot::Kind::Diff`](crate::snapshot::Kind)).
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// The pages behind the memory.
@@ -350,10 +350,9 @@ impl Config {
     /// # Errors
     /// As [`Config::parse`].
     pub fn check(&self) -> Result<(), Error> {
-        let MachineConfig { vcpu_count, mem_size_mib, smt, track_dirty_pages, huge_pages } =
-            self.machine_config;
-        if smt || track_dirty_pages {
-            return Err(Error::Unsupported(if smt { "smt" } else { "track_dirty_pages" }));
+        let MachineConfig { vcpu_count, mem_size_mib, smt, huge_pages, .. } = self.machine_config;
+        if smt {
+            return Err(Error::Unsupported("smt"));
         }
         if !(1..=CPUS_MAX).contains(&vcpu_count) {
             return Err(Error::Cpus);

@@ -253,9 +253,13 @@ impl Machine {
             lock(slot).save(&mut writer);
             sections.add("device", &writer.finish());
         }
-        snapshot::memory::save(&self.hardware.memory, &to.mem_file_path)?;
+        let memory = &self.hardware.memory;
+        snapshot::dirty::collect(&self.hardware.vm, memory)?;
+        snapshot::memory::save(memory, &to.mem_file_path, to.snapshot_type)?;
         // Last: without it the memory is of no use to anybody.
-        sections.write(&to.snapshot_path)
+        sections.write(&to.snapshot_path)?;
+        snapshot::dirty::forget(memory);
+        Ok(())
     }
 
     /// Runs the machine until it ends, once it is resumed. The calling thread is confined to what a running machine needs, for good.

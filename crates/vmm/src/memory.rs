@@ -1,6 +1,7 @@
 //! The guest's memory.
 
 use kapsel_devices::Memory;
+use kapsel_devices::dirty::Dirty;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
@@ -37,11 +38,12 @@ pub fn ranges(mib: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Maps memory for a guest. It is given by the host only as the guest touches it.
+/// Maps memory for a guest. It is given by the host only as the guest touches it. `tracked` has the monitor's own writes
+/// marked.
 ///
 /// # Errors
 /// When the address space, or the host's reserve of huge pages, does not suffice.
-pub fn allocate(mib: u64, pages: HugePages) -> Result<Memory, Error> {
+pub fn allocate(mib: u64, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
     let failed = |reason: String| Error { mib, reason };
     let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     if pages == HugePages::TwoMegabytes {
@@ -50,7 +52,7 @@ pub fn allocate(mib: u64, pages: HugePages) -> Result<Memory, Error> {
     let mut regions = Vec::new();
     for (start, size) in ranges(mib) {
         let size = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
-        let mapping = MmapRegionBuilder::new(size)
+        let mapping = MmapRegionBuilder::new_with_bitmap(size, Dirty::new(size, tracked))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(flags)
             .build()
@@ -65,7 +67,7 @@ pub fn allocate(mib: u64, pages: HugePages) -> Result<Memory, Error> {
 }
 
 /// Fewer faults and shorter page walks; a host that has no transparent huge pages loses nothing.
-fn prefer_huge_pages(mapping: &vm_memory::MmapRegion) {
+fn prefer_huge_pages(mapping: &vm_memory::MmapRegion<Dirty>) {
     // SAFETY: the range is a private anonymous mapping that was just made and is owned by `mapping`; the advice changes no
     // contents.
     let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
@@ -89,7 +91,7 @@ mod tests {
 
     #[test]
     fn sixty_four_gibibytes_can_be_promised() {
-        let memory = allocate(65536, HugePages::None).unwrap();
+        let memory = allocate(65536, HugePages::None, false).unwrap();
         assert!(memory.address_in_range(GuestAddress(HOLE - 1)));
         assert!(!memory.address_in_range(GuestAddress(HOLE)));
         assert!(memory.address_in_range(GuestAddress(HOLE_END)));

@@ -7,14 +7,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::calls::{SystemCall, SystemCalls, any, only};
 use crate::chain::{Buffers, Chain};
 use crate::queue::{Position, Queue, QueueError, Request};
 use crate::state::{Reader, StateError, Writer};
 use crate::timer::Timer;
-use crate::{Activation, Device, Event, Kind, Memory, Metric};
+use crate::{Activation, Device, Event, Kind, Memory, Metric, Slice};
 
 pub use statistics::Statistics;
 
@@ -348,7 +348,7 @@ fn release_run(memory: &Memory, run: Option<(u64, u64)>) {
 
 /// Gives the whole pages in a range of the guest's memory back to the host. They read as zeroes, or as the file behind the
 /// memory, when the guest touches them again.
-fn release(slice: &VolatileSlice<'_, ()>) {
+fn release(slice: &Slice<'_>) {
     let guard = slice.ptr_guard_mut();
     let start = guard.as_ptr();
     let skip = start.align_offset(PAGE as usize);

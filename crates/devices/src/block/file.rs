@@ -70,6 +70,9 @@ impl Backing {
     ) -> io::Result<()> {
         while !buffers.is_empty() {
             let vectors = buffers.iovecs();
+            if let Direction::Read = direction {
+                buffers.mark_written(buffers.len());
+            }
             let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
             let call = match direction {
                 Direction::Read => libc::preadv,

@@ -421,7 +421,7 @@ mod tests {
     #[test]
     fn hostile_drivers_do_no_harm() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(64 * SECTOR).unwrap();
+        std::fs::write(file.path(), [7; 64 * SECTOR as usize]).unwrap();
         let make = || {
             let config = Config {
                 serial: "f".into(),

@@ -319,7 +319,10 @@ fn receive(stream: &UnixStream, data: &Buffers<'_>, limit: u64) -> io::Result<Op
         // SAFETY: as for `send`; the kernel writes to guest memory, which the guest may see and change at any time.
         let given = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
         match u32::try_from(given) {
-            Ok(given) => return Ok(Some(given)),
+            Ok(given) => {
+                data.mark_written(given.into());
+                return Ok(Some(given));
+            }
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 error if error.kind() == io::ErrorKind::Interrupted => {}

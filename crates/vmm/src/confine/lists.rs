@@ -2,8 +2,8 @@
 
 use kapsel_devices::calls::{SystemCall, SystemCalls, any, only};
 use kvm_bindings::{
-    kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msrs,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 
 /// What a thread may call.
@@ -58,7 +58,9 @@ const EVENT_LOOP: &[SystemCall] = &[
     any(libc::SYS_openat),
     any(libc::SYS_ftruncate),
     any(libc::SYS_pwrite64),
+    any(libc::SYS_fallocate),
     any(libc::SYS_fsync),
+    kvm(WRITE, 0x42, size_of::<kvm_dirty_log>()),
     kvm(READ, 0x7c, size_of::<kvm_clock_data>()),
     kvm(READ | WRITE, 0x62, size_of::<kvm_irqchip>()),
     kvm(READ, 0x81, size_of::<kvm_regs>()),

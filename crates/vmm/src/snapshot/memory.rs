@@ -1,55 +1,117 @@
-//! The guest's memory in a file: its regions one after the other, with holes where it is zero.
+//! The guest's memory in a file: its regions one after the other, with holes where it is zero or was not written.
+//!
+//! The file is never cut when it has the memory's size already. So it may be the one that this very machine was loaded
+//! from, of which pages are mapped, and a [`Kind::Diff`] onto the file of the snapshot before is merged into it.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use kapsel_devices::Memory;
+use kapsel_devices::dirty::{Dirty, PAGE};
+use rustix::fs::FallocateFlags;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
 };
 
-use super::Error;
+use super::{Error, Kind};
 use crate::memory::ranges;
 
 /// Memory is looked at in pieces of this size, in bytes.
-const PIECE: usize = 64 * 1024;
+const PIECE: u64 = 64 * 1024;
 
-/// Writes all memory. The guest and its devices may not change it meanwhile.
+/// Writes all memory, or those pages that are marked as written. The guest and its devices may not change it meanwhile.
 ///
 /// # Errors
 /// [`Error::File`], such as when the disk is full; the file is of no use then.
-pub fn save(memory: &Memory, path: &Path) -> Result<(), Error> {
-    let failed = |e| Error::file("write the memory", path, e);
-    let file = File::create(path).map_err(failed)?;
-    let mut offset = 0;
-    let mut piece = vec![0; PIECE];
-    for region in memory.iter() {
-        let mut at = 0;
-        while at < region.len() {
-            let length = (region.len() - at).min(PIECE as u64) as usize;
-            let piece = &mut piece[..length];
-            region
-                .read_slice(piece, MemoryRegionAddress(at))
-                .map_err(|e| failed(std::io::Error::other(e)))?;
-            if piece.iter().any(|byte| *byte != 0) {
-                file.write_all_at(piece, offset + at).map_err(failed)?;
-            }
-            at += length as u64;
-        }
-        offset += region.len();
-    }
-    file.set_len(offset).map_err(failed)?;
-    file.sync_all().map_err(failed)
+pub fn save(memory: &Memory, path: &Path, kind: Kind) -> Result<(), Error> {
+    write(memory, path, kind).map_err(|e| Error::file("write the memory", path, e))
 }
 
-/// Maps a file as the memory of a guest with so many MiB. What the guest writes is its own and not in the file.
+fn write(memory: &Memory, path: &Path, kind: Kind) -> io::Result<()> {
+    let file = File::options().write(true).create(true).truncate(false).open(path)?;
+    let size = memory.iter().map(|region| region.len()).sum();
+    let there = file.metadata()?.len() == size;
+    if !there {
+        file.set_len(0)?;
+        file.set_len(size)?;
+    }
+    let mut writer = Writer { file, there, kind, piece: vec![0; PIECE as usize] };
+    let mut offset = 0;
+    for region in memory.iter() {
+        writer.region(region, offset)?;
+        offset += region.len();
+    }
+    writer.file.sync_all()
+}
+
+struct Writer {
+    file: File,
+    /// The file may have something where memory is zero.
+    there: bool,
+    kind: Kind,
+    piece: Vec<u8>,
+}
+
+impl Writer {
+    fn region(&mut self, region: &GuestRegionMmap<Dirty>, offset: u64) -> io::Result<()> {
+        let mapping = region.get_mmap();
+        let Some(pages) = mapping.bitmap().pages().filter(|_| self.kind == Kind::Diff) else {
+            return self.range(region, 0..region.len(), offset);
+        };
+        let page = PAGE.get() as u64;
+        let written = |at: &u64| pages.is_addr_set(*at as usize);
+        let mut at = 0;
+        while at < region.len() {
+            let end = (at..region.len()).step_by(PAGE.get()).find(|at| !written(at)).unwrap_or(region.len());
+            self.range(region, at..end, offset)?;
+            at = end.max(at + page);
+        }
+        Ok(())
+    }
+
+    fn range(
+        &mut self,
+        region: &GuestRegionMmap<Dirty>,
+        range: std::ops::Range<u64>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let length = (range.end - at).min(PIECE);
+            let piece = &mut self.piece[..length as usize];
+            region.read_slice(piece, MemoryRegionAddress(at)).map_err(io::Error::other)?;
+            // A hole in what is to be merged would leave what was there before.
+            if self.kind == Kind::Diff || piece.iter().any(|byte| *byte != 0) {
+                self.file.write_all_at(piece, offset + at)?;
+            } else if self.there {
+                self.zero(offset + at, length)?;
+            }
+            at += length;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, hole, offset, length) {
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                self.file.write_all_at(&self.piece[..length as usize], offset)
+            }
+            other => Ok(other?),
+        }
+    }
+}
+
+/// Maps a file as the memory of a guest with so many MiB. What the guest writes is its own and not in the file; `tracked`
+/// has what the monitor writes marked.
 ///
 /// # Errors
 /// [`Error::File`] when it cannot be mapped, [`Error::MemorySize`] when it is not of that size.
-pub fn load(mib: u64, path: &Path) -> Result<Memory, Error> {
+pub fn load(mib: u64, path: &Path, tracked: bool) -> Result<Memory, Error> {
     let failed = |e| Error::file("map the memory", path, e);
     let file = File::open(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?.len();
@@ -61,7 +123,8 @@ pub fn load(mib: u64, path: &Path) -> Result<Memory, Error> {
     for (start, size) in ranges(mib) {
         let other = |e: String| failed(std::io::Error::other(e));
         let handle = file.try_clone().map_err(failed)?;
-        let mapping = MmapRegionBuilder::new(usize::try_from(size).map_err(|e| other(e.to_string()))?)
+        let size_here = usize::try_from(size).map_err(|e| other(e.to_string()))?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(size_here, Dirty::new(size_here, tracked))
             .with_file_offset(FileOffset::new(handle, offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
@@ -85,26 +148,77 @@ mod tests {
     fn memory_comes_back_as_it_was_and_the_file_stays_as_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
-        let memory = allocate(8, HugePages::None).unwrap();
+        let memory = allocate(8, HugePages::None, false).unwrap();
         memory.write_slice(b"hello", GuestAddress(0x12_3456)).unwrap();
-        save(&memory, &path).unwrap();
+        save(&memory, &path, Kind::Full).unwrap();
         let metadata = path.metadata().unwrap();
         assert_eq!(metadata.len(), 8 << 20);
         assert!(metadata.blocks() * 512 <= 128 * 1024, "zeroes take no space");
         for _ in 0..2 {
-            let loaded = load(8, &path).unwrap();
-            let mut bytes = [0; 5];
-            loaded.read_slice(&mut bytes, GuestAddress(0x12_3456)).unwrap();
-            assert_eq!(&bytes, b"hello");
+            let loaded = load(8, &path, false).unwrap();
+            assert_eq!(bytes(&loaded, 0x12_3456), *b"hello");
             loaded.write_slice(b"other", GuestAddress(0x12_3456)).unwrap();
         }
+    }
+
+    fn bytes(memory: &Memory, address: u64) -> [u8; 5] {
+        let mut bytes = [0; 5];
+        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_diff_has_what_was_written_zeroes_too_and_merges_into_its_base() {
+        let directory = tempfile::tempdir().unwrap();
+        let (base, diff) = (directory.path().join("base"), directory.path().join("diff"));
+        let memory = allocate(8, HugePages::None, true).unwrap();
+        memory.write_slice(b"first", GuestAddress(0x1000)).unwrap();
+        memory.write_slice(b"stays", GuestAddress(0x2000)).unwrap();
+        save(&memory, &base, Kind::Full).unwrap();
+        crate::snapshot::dirty::forget(&memory);
+        memory.write_slice(&[0; 5], GuestAddress(0x1000)).unwrap();
+        memory.write_slice(b"after", GuestAddress(0x7f_fffb)).unwrap();
+        save(&memory, &diff, Kind::Diff).unwrap();
+        let metadata = diff.metadata().unwrap();
+        assert_eq!((metadata.len(), metadata.blocks() * 512), (8 << 20, 8192), "two pages");
+        // Marks are kept until the state is written, too.
+        save(&memory, &base, Kind::Diff).unwrap();
+        let merged = load(8, &base, false).unwrap();
+        assert_eq!(bytes(&merged, 0x1000), [0; 5]);
+        assert_eq!(bytes(&merged, 0x2000), *b"stays");
+        assert_eq!(bytes(&merged, 0x7f_fffb), *b"after");
+    }
+
+    #[test]
+    fn without_marks_a_diff_is_everything() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("memory");
+        save(&allocate(2, HugePages::None, false).unwrap(), &path, Kind::Diff).unwrap();
+        assert_eq!(path.metadata().unwrap().blocks() * 512, 2 << 20);
+    }
+
+    #[test]
+    fn a_machine_can_be_saved_onto_the_file_that_it_comes_from() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("memory");
+        let memory = allocate(2, HugePages::None, false).unwrap();
+        memory.write_slice(b"first", GuestAddress(0x1000)).unwrap();
+        memory.write_slice(b"stays", GuestAddress(0x2_0000)).unwrap();
+        save(&memory, &path, Kind::Full).unwrap();
+        let loaded = load(2, &path, false).unwrap();
+        loaded.write_slice(&[0; 5], GuestAddress(0x1000)).unwrap();
+        save(&loaded, &path, Kind::Full).unwrap();
+        assert_eq!(bytes(&loaded, 0x2_0000), *b"stays");
+        let again = load(2, &path, false).unwrap();
+        assert_eq!((bytes(&again, 0x1000), bytes(&again, 0x2_0000)), ([0; 5], *b"stays"));
+        assert!(path.metadata().unwrap().blocks() * 512 <= 64 * 1024, "zeroes take no space");
     }
 
     #[test]
     fn a_file_of_another_size_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len((8 << 20) - 1).unwrap();
-        assert!(matches!(load(8, file.path()), Err(Error::MemorySize { .. })));
-        assert!(matches!(load(8, Path::new("/nonexistent")), Err(Error::File { .. })));
+        assert!(matches!(load(8, file.path(), false), Err(Error::MemorySize { .. })));
+        assert!(matches!(load(8, Path::new("/nonexistent"), false), Err(Error::File { .. })));
     }
 }

@@ -3,6 +3,7 @@
 //! The state's sections are `config` (what the machine is made of, as JSON), `machine` (clock and interrupt controllers),
 //! `cpu` for each processor, `console`, `keyboard`, and `device` for each device in the order of their places.
 
+pub mod dirty;
 pub mod format;
 pub mod memory;
 
@@ -35,6 +36,9 @@ pub enum Kind {
     /// All.
     #[default]
     Full,
+    /// What was written since the last snapshot, the load or the start. Without `track_dirty_pages` nobody knows, and that
+    /// is everything.
+    Diff,
 }
 
 /// Where a snapshot is, and what shall be different.
@@ -49,6 +53,12 @@ pub struct Load {
     /// The file with the memory: an older name for a backend of type `File`.
     #[serde(default)]
     pub mem_file_path: Option<PathBuf>,
+    /// Whether pages that are written from now on are marked, for a snapshot that holds only those.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// An older name for that.
+    #[serde(default)]
+    pub enable_diff_snapshots: bool,
     /// Whether the machine goes on at once.
     #[serde(default)]
     pub resume_vm: bool,
@@ -123,6 +133,7 @@ impl Load {
             let vsock = config.vsock.as_mut().ok_or_else(|| Error::NoDevice("vsock".into()))?;
             vsock.uds_path.clone_from(&change.uds_path);
         }
+        config.machine_config.track_dirty_pages = self.track_dirty_pages || self.enable_diff_snapshots;
         Ok(())
     }
 }

@@ -1,12 +1,8 @@
 //! A machine that is put together, started, paused and changed through the API.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
@@ -14,115 +10,9 @@ use serde_json::{Value, json};
 
 use crate::guest;
 use crate::host::Files;
+use crate::session::{Client, Console, Session};
 
 const SECTOR: usize = 512;
-
-/// A connection to the API.
-pub struct Client(BufReader<UnixStream>);
-
-impl Client {
-    /// Connects as soon as the monitor listens.
-    pub fn connect(socket: &Path) -> io::Result<Self> {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            match UnixStream::connect(socket) {
-                Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
-                stream => return Ok(Client(BufReader::new(stream?))),
-            }
-        }
-    }
-
-    /// Status and body of the answer.
-    pub fn ask(&mut self, method: &str, path: &str, body: &Value) -> io::Result<(u16, Value)> {
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        write!(self.0.get_mut(), "{method} {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
-        let (mut status, mut length) = (0, 0);
-        loop {
-            let mut line = String::new();
-            self.0.read_line(&mut line)?;
-            if let Some(rest) = line.strip_prefix("HTTP/1.1 ") {
-                status = rest.trim().parse().map_err(io::Error::other)?;
-            } else if let Some(rest) = line.strip_prefix("Content-Length: ") {
-                length = rest.trim().parse().map_err(io::Error::other)?;
-            } else if line.trim().is_empty() {
-                break;
-            }
-        }
-        let mut bytes = vec![0; length];
-        self.0.read_exact(&mut bytes)?;
-        Ok((status, if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes)? }))
-    }
-
-    pub fn done(&mut self, method: &str, path: &str, body: &Value) -> Result<(), Failed> {
-        match self.ask(method, path, body)? {
-            (204, Value::Null) => Ok(()),
-            other => Err(format!("{method} {path}: {other:?}").into()),
-        }
-    }
-
-    pub fn refused(&mut self, method: &str, path: &str, body: &Value, reason: &str) -> Result<(), Failed> {
-        match self.ask(method, path, body)? {
-            (400, fault) if fault["fault_message"].as_str().is_some_and(|text| text.contains(reason)) => {
-                Ok(())
-            }
-            other => Err(format!("{method} {path}: {other:?} instead of {reason}").into()),
-        }
-    }
-
-    pub fn state(&mut self) -> io::Result<String> {
-        let (_, instance) = self.ask("GET", "/", &Value::Null)?;
-        Ok(instance["state"].as_str().unwrap_or_default().to_owned())
-    }
-}
-
-/// The guest's console, read as it comes.
-#[derive(Clone, Default)]
-pub struct Console {
-    ticks: Arc<AtomicUsize>,
-    text: Arc<Mutex<String>>,
-}
-
-impl Console {
-    pub fn read(&self, from: impl Read) {
-        for line in BufReader::new(from).lines().map_while(Result::ok) {
-            self.ticks.fetch_add(usize::from(line.contains(guest::TICK)), Ordering::SeqCst);
-            self.text.lock().expect("no reader panics").push_str(&(line + "\n"));
-        }
-    }
-
-    /// What was printed so far.
-    pub fn text(&self) -> String {
-        self.text.lock().expect("no reader panics").clone()
-    }
-
-    pub fn ticks(&self) -> usize {
-        self.ticks.load(Ordering::SeqCst)
-    }
-
-    /// Waits until the guest has ticked more often than `before`.
-    pub fn wait(&self, before: usize) -> Result<(), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while self.ticks() <= before {
-            if Instant::now() > deadline {
-                return Err(
-                    format!("the guest does not tick:\n{}", self.text.lock().expect("no panic")).into()
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-}
-
-/// Ends with its test.
-pub struct Monitor(pub Child);
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 pub fn life() -> Result<(), Failed> {
     let files = Files::here();
@@ -131,31 +21,14 @@ pub fn life() -> Result<(), Failed> {
         (directory.path().join("api"), directory.path().join("small"), directory.path().join("large"));
     fs::write(&small, vec![1; 64 * SECTOR])?;
     fs::write(&large, vec![2; guest::LARGE_SECTORS * SECTOR])?;
-    let child = Command::new(&files.vmm)
-        .arg("--api-sock")
-        .arg(&socket)
-        .args(["--id", "the-first"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut monitor = Monitor(child);
-    let console = Console::default();
-    let (reader, stdout) = (console.clone(), monitor.0.stdout.take().expect("stdout is a pipe"));
-    let reader = std::thread::spawn(move || reader.read(stdout));
-
-    let mut client = Client::connect(&socket)?;
-    put_together(&mut client, &files, &small)?;
-    client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
-    console.wait(0)?;
-    every_thread_is_confined(monitor.0.id())?;
-    free_memory_comes_back(monitor.0.id())?;
-    change(&mut client, &console, &large)?;
-    reader.join().expect("the reader does not panic");
-    let text = console.text.lock().expect("no reader panics").clone();
-    if !monitor.0.wait()?.success() || !text.contains(guest::DONE) {
-        return Err(text.into());
-    }
-    Ok(())
+    let mut session = Session::start(&files, &socket, &["--id", "the-first"])?;
+    put_together(&mut session.client, &files, &small)?;
+    session.client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
+    session.console.wait(0)?;
+    every_thread_is_confined(session.id())?;
+    free_memory_comes_back(session.id())?;
+    change(&mut session.client, &session.console, &large)?;
+    session.finish_content().map(drop)
 }
 
 /// Each with a filter, without a way to more privileges: the API's, the event loop's and two processors', beside what KVM

@@ -26,6 +26,8 @@ pub const TICK: &str = "tick";
 pub const LARGE_SECTORS: usize = 128;
 /// Said when the guest knows that it is another machine.
 pub const FORKED: &str = "forked after tick";
+/// How much a guest that is saved writes with each tick.
+const JOURNAL: usize = 2 << 20;
 /// The size of a disk that is limited.
 pub const SLOW_SECTORS: usize = 1024;
 /// Said with the number of milliseconds that reading it took.
@@ -241,9 +243,14 @@ fn clone() -> io::Result<()> {
         bytes
     };
     let memory = secret.to_vec();
+    let (mut journal, mut entry) = (vec![0; JOURNAL], 0);
     let mut kernel = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
     let mut connection = connect(HOST_PORT)?;
     for tick in 0.. {
+        // The machine may be another one since the last tick. Zeroes are a change, too.
+        check(journal.iter().all(|byte| *byte == entry), "what was written last is there")?;
+        entry = if tick % 2 == 0 { 0 } else { tick as u8 };
+        std::hint::black_box(&mut journal).fill(entry);
         println!("{TICK} {tick}");
         let mut record = [0; 1024];
         while let Ok(length) = kernel.read(&mut record) {

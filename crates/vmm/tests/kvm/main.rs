@@ -6,6 +6,7 @@ mod guest;
 mod host;
 mod network;
 mod services;
+mod session;
 mod snapshot;
 
 use std::process::ExitCode;
@@ -29,7 +30,10 @@ fn main() -> ExitCode {
         trial("a_machine_is_put_together_started_paused_and_changed_through_the_api", api::life),
         trial("a_monitor_logs_counts_limits_and_types_for_its_user", services::services),
         trial("a_guest_is_on_the_network_until_its_tap_goes_away", network::network),
-        trial("a_machine_goes_on_in_another_monitor_and_knows_that_it_does", snapshot::snapshot),
+        trial(
+            "a_machine_goes_on_in_others_from_whole_and_from_partial_snapshots_and_knows_that_it_does",
+            snapshot::snapshot,
+        ),
     ];
     kapsel_kvmbox::test_main(trials, host::prepare)
 }

@@ -2,15 +2,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
-use crate::api::{Client, Console, Monitor};
 use crate::guest;
 use crate::host::Files;
+use crate::session::{Client, Session};
 
 /// What the disk may do in a second, in bytes: a quarter of its size, beside the quarter that passes at once.
 const BYTES_PER_SECOND: usize = guest::SLOW_SECTORS * 512 / 4;
@@ -27,35 +26,25 @@ pub fn services() -> Result<(), Failed> {
     let inside = |name: &str| directory.path().join(name);
     let (socket, disk, log, metrics) = (inside("api"), inside("disk"), inside("log"), inside("metrics"));
     fs::write(&disk, vec![1; guest::SLOW_SECTORS * 512])?;
-    let child = Command::new(&files.vmm)
-        .arg("--api-sock")
-        .arg(&socket)
-        .arg("--metrics-path")
-        .arg(&metrics)
-        .args(["--id", "servant", "--boot-timer", "--start-time-us", "1"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut monitor = Monitor(child);
-    let console = Console::default();
-    let (reader, stdout) = (console.clone(), monitor.0.stdout.take().expect("stdout is a pipe"));
-    let reader = std::thread::spawn(move || reader.read(stdout));
-
-    let mut client = Client::connect(&socket)?;
-    put_together(&mut client, &files, &disk, &log)?;
+    let options = ["--id", "servant", "--boot-timer", "--start-time-us", "1", "--metrics-path"];
+    let metrics_path = metrics.to_str().expect("a plain path");
+    let mut session = Session::start(&files, &socket, &[&options[..], &[metrics_path]].concat())?;
+    let id = session.id();
+    let client = &mut session.client;
+    put_together(client, &files, &disk, &log)?;
     client.done("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
-    console.wait(0)?;
-    statistics(&mut client)?;
-    small(monitor.0.id())?;
+    session.console.wait(0)?;
+    statistics(client)?;
+    small(id)?;
     client.done("PUT", "/actions", &json!({"action_type": "FlushMetrics"}))?;
     counted(&metrics)?;
     logged(&log)?;
     client.done("PUT", "/actions", &json!({"action_type": "SendCtrlAltDel"}))?;
-    reader.join().expect("the reader does not panic");
-    if !monitor.0.wait()?.success() {
+    let (status, console) = session.finish()?;
+    if !status.success() {
         return Err("the guest did not restart".into());
     }
-    limited(&console.text())
+    limited(&console)
 }
 
 fn put_together(client: &mut Client, files: &Files, disk: &Path, log: &Path) -> Result<(), Failed> {

@@ -2,86 +2,109 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
-use crate::api::{Client, Console, Monitor};
 use crate::guest;
 use crate::host::{Files, echo_once};
+use crate::session::{Client, Session};
 
-/// A monitor that waits to be told what to do.
-struct Session {
-    monitor: Monitor,
-    client: Client,
-    console: Console,
-    reader: JoinHandle<()>,
-}
-
-impl Session {
-    fn start(files: &Files, socket: &Path) -> Result<Self, Failed> {
-        let mut command = Command::new(&files.vmm);
-        command.arg("--api-sock").arg(socket).args(["--level", "Warn"]);
-        let mut monitor = Monitor(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?);
-        let console = Console::default();
-        let (copy, stdout) = (console.clone(), monitor.0.stdout.take().expect("stdout is a pipe"));
-        let reader = std::thread::spawn(move || copy.read(stdout));
-        Ok(Session { monitor, client: Client::connect(socket)?, console, reader })
-    }
-
-    /// Whether it succeeded, and what its guest printed; a minute is enough.
-    fn finish(mut self) -> Result<(bool, String), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while self.monitor.0.try_wait()?.is_none() {
-            if Instant::now() > deadline {
-                self.monitor.0.kill()?;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        self.reader.join().expect("the reader does not panic");
-        Ok((self.monitor.0.wait()?.success(), self.console.text()))
-    }
-}
+const QUIET: [&str; 2] = ["--level", "Warn"];
 
 pub fn snapshot() -> Result<(), Failed> {
     let files = Files::here();
     let directory = tempfile::tempdir()?;
     let inside = |name: &str| directory.path().join(name);
     let (state, memory) = (inside("state"), inside("memory"));
-    let ticks = save(&files, &inside, &state, &memory)?;
+    let (ticks, later) = save(&files, &inside, &state, &memory)?;
     let saved = fs::read(&memory)?;
     described(&files, &state, &memory)?;
 
-    let mut session = Session::start(&files, &inside("second"))?;
+    let mut session = Session::start(&files, &inside("second"), &QUIET)?;
     let load = json!({
         "snapshot_path": state,
         "mem_backend": {"backend_type": "File", "backend_path": memory},
         "vsock_override": {"uds_path": inside("other")},
     });
     damaged(&mut session.client, &state, &memory, &load)?;
-    let listener = UnixListener::bind(inside(&format!("other_{}", guest::HOST_PORT)))?;
-    let echo = std::thread::spawn(move || echo_once(&listener));
+    let echo = echo(&inside("other"))?;
     session.client.done("PUT", "/snapshot/load", &load)?;
     assert_eq!(session.client.state()?, "Paused");
     let again = json!({"snapshot_path": state, "mem_file_path": memory});
     session.client.refused("PUT", "/snapshot/load", &again, "after starting")?;
     session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
-    let (success, text) = session.finish()?;
-    if !success || !text.contains(guest::DONE) {
-        return Err(format!("success: {success}, console:\n{text}").into());
-    }
+    went_on(session, ticks)?;
     echo.join().expect("the echo does not panic")?;
+    assert!(fs::read(&memory)? == saved, "what a clone writes is its own");
+    changes(&files, &inside, &memory, later)
+}
+
+/// The host's side of a clone's last task.
+fn echo(socket: &Path) -> Result<JoinHandle<std::io::Result<()>>, Failed> {
+    let listener = UnixListener::bind(format!("{}_{}", socket.display(), guest::HOST_PORT))?;
+    Ok(std::thread::spawn(move || echo_once(&listener)))
+}
+
+/// The guest goes on where it was after so many ticks, finds everything as it was, and ends.
+fn went_on(session: Session, ticks: usize) -> Result<(), Failed> {
+    let text = session.finish_content()?;
     let forked =
         text.split(guest::FORKED).nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
     if forked.is_none_or(|tick: usize| tick + 1 < ticks) || text.contains(&format!("{} 0\n", guest::TICK)) {
         return Err(format!("the first machine ticked {ticks} times before; then came:\n{text}").into());
     }
-    assert!(fs::read(&memory)? == saved, "what a clone writes is its own");
+    Ok(())
+}
+
+/// What was written between two snapshots is in a file of its own, and goes onto the first one's memory.
+fn changes(
+    files: &Files,
+    inside: &impl Fn(&str) -> PathBuf,
+    memory: &Path,
+    ticks: usize,
+) -> Result<(), Failed> {
+    let (base, diff) = (memory.metadata()?, inside("diff").metadata()?);
+    let (all, changed) = (base.blocks() * 512, diff.blocks() * 512);
+    println!("a diff has {} KiB of {} KiB", changed >> 10, all >> 10);
+    assert!(base.len() == diff.len() && (1 << 20..all / 2).contains(&changed), "{changed} of {all}");
+    merge(&inside("diff"), memory)?;
+    let mut session = Session::start(files, &inside("third"), &QUIET)?;
+    let load = json!({
+        "snapshot_path": inside("later"),
+        "mem_backend": {"backend_type": "File", "backend_path": memory},
+        "vsock_override": {"uds_path": inside("third-vsock")},
+        "track_dirty_pages": true,
+    });
+    session.client.done("PUT", "/snapshot/load", &load)?;
+    // What the monitor itself writes, which is another generation.
+    let create = json!({"snapshot_path": inside("x"), "mem_file_path": inside("y"), "snapshot_type": "Diff"});
+    session.client.done("PUT", "/snapshot/create", &create)?;
+    let written = inside("y").metadata()?.blocks() * 512;
+    assert!((1..1 << 20).contains(&written), "{written} bytes were written by nobody");
+    let echo = echo(&inside("third-vsock"))?;
+    session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
+    went_on(session, ticks)?;
+    echo.join().expect("the echo does not panic")?;
+    Ok(())
+}
+
+/// Copies what is not a hole.
+fn merge(from: &Path, to: &Path) -> std::io::Result<()> {
+    let (from, to) = (fs::File::open(from)?, fs::File::options().write(true).open(to)?);
+    let mut at = 0;
+    while let Ok(data) = rustix::fs::seek(&from, SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&from, SeekFrom::Hole(data))?;
+        let mut bytes = vec![0; (at - data) as usize];
+        from.read_exact_at(&mut bytes, data)?;
+        to.write_all_at(&bytes, data)?;
+    }
     Ok(())
 }
 
@@ -94,20 +117,20 @@ fn described(files: &Files, state: &Path, memory: &Path) -> Result<(), Failed> {
     if good.stdout == b"v1\n" && refused { Ok(()) } else { Err(format!("{good:?} {bad:?}").into()) }
 }
 
-/// Saves a machine after some ticks and says how many. It goes on ticking afterwards.
+/// Saves a machine after some ticks, and what has changed some ticks later, and says how many ticks that was.
 fn save(
     files: &Files,
     inside: &impl Fn(&str) -> PathBuf,
     state: &Path,
     memory: &Path,
-) -> Result<usize, Failed> {
+) -> Result<(usize, usize), Failed> {
     let disk = inside("disk");
     fs::write(&disk, guest::pattern(8 * 512))?;
     let listener = UnixListener::bind(inside(&format!("vsock_{}", guest::HOST_PORT)))?;
     // Open until the monitor ends.
     let held =
         std::thread::spawn(move || listener.accept().and_then(|(mut stream, _)| stream.read(&mut [0])));
-    let mut session = Session::start(files, &inside("first"))?;
+    let mut session = Session::start(files, &inside("first"), &QUIET)?;
     let client = &mut session.client;
     let kernel = json!({
         "kernel_image_path": files.vmlinux,
@@ -115,7 +138,8 @@ fn save(
         "boot_args": guest::arguments("clone"),
     });
     client.done("PUT", "/boot-source", &kernel)?;
-    client.done("PUT", "/machine-config", &json!({"vcpu_count": 2, "mem_size_mib": 256}))?;
+    let machine = json!({"vcpu_count": 2, "mem_size_mib": 256, "track_dirty_pages": true});
+    client.done("PUT", "/machine-config", &machine)?;
     let drive =
         json!({"drive_id": "data", "path_on_host": disk, "is_root_device": false, "is_read_only": true});
     client.done("PUT", "/drives/data", &drive)?;
@@ -133,9 +157,16 @@ fn save(
     let ticks = session.console.ticks();
     client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
     session.console.wait(ticks + 2)?;
-    drop(session.monitor);
+    client.done("PATCH", "/vm", &json!({"state": "Paused"}))?;
+    let create =
+        json!({"snapshot_path": inside("later"), "mem_file_path": inside("diff"), "snapshot_type": "Diff"});
+    client.done("PUT", "/snapshot/create", &create)?;
+    let later = session.console.ticks();
+    client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
+    session.console.wait(later)?;
+    drop(session);
     held.join().expect("the holder does not panic")?;
-    Ok(ticks)
+    Ok((ticks, later))
 }
 
 /// Files that were cut or changed are refused with a reason, and the monitor is none the worse for it.
