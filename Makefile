@@ -57,6 +57,7 @@ agent: cargo packages-build
 monitor: cargo packages-build
 	@RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --profile guest --target $(TARGET) -p kapsel-vmm
 	@install -D $(CARGO_TARGET_DIR)/$(TARGET)/guest/kapsel-vmm $(MONITOR)
+	@install -D $(CARGO_TARGET_DIR)/$(TARGET)/guest/kapsel-jailer $(dir $(MONITOR))kapsel-jailer
 
 build: agent monitor ## build everything in release mode
 	@cargo build --release --workspace --exclude kapsel-agent
