@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::boot_timer::BootTimer;
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
-use crate::config::{CacheType, Config, MachineConfig, RateLimiter};
+use crate::config::{CacheType, Config, RateLimiter};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
@@ -136,8 +136,7 @@ pub fn restore(
     let cpus = cpus.into_iter().map(ProcessorState::read).collect::<Result<Vec<_>, _>>()?;
     let machine = MachineState::read(machine)?;
 
-    let MachineConfig { mem_size_mib, track_dirty_pages, .. } = config.machine_config;
-    let memory = snapshot::memory::load(mem_size_mib, load.memory()?, track_dirty_pages)?;
+    let (memory, served) = load.memory(&config.machine_config)?;
     let built = |error: Error| snapshot::Error::from(Box::new(error));
     let console = |line, drained| Ok(Console::restored(line, drained, output, console)?);
     let parts = Parts::assemble(&config, memory, console, surroundings).map_err(built)?;
@@ -156,7 +155,9 @@ pub fn restore(
     write_generation(&parts.memory).map_err(built)?;
     // Its driver learns that the random numbers of this machine are not its own any more.
     line(&parts.vm, layout::GENERATION_GSI).and_then(|line| Ok(line.write(1)?)).map_err(built)?;
-    Ok((config, parts.start(surroundings).map_err(built)?))
+    let mut machine = parts.start(surroundings).map_err(built)?;
+    machine.memory_is_served_by(served);
+    Ok((config, machine))
 }
 
 /// Hardware: all that is the same in a machine that boots and in one that goes on.
@@ -208,7 +209,7 @@ impl Parts {
         let filter = policy.filter(Thread::Processor, &self.calls.processor)?;
         let processors = Processors::start(self.vcpus, &self.bus, &filter)?;
         let filter = policy.filter(Thread::EventLoop, &self.calls.event_loop)?;
-        let hardware = Hardware { msrs, vm: self.vm, memory: self.memory };
+        let hardware = Hardware { msrs, vm: self.vm, memory: self.memory, served: None };
         Ok(Machine::new(processors, self.bus, self.handles, self.drained, filter, hardware)?)
     }
 }

@@ -1,6 +1,7 @@
 //! A running machine: its processors in threads, its devices in the event loop of the thread that owns it.
 
 use std::io::{self, Stdin};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -78,6 +79,8 @@ pub(crate) struct Hardware {
     pub msrs: Vec<u32>,
     pub vm: VmFd,
     pub memory: kapsel_devices::Memory,
+    /// What keeps another process in charge of the memory, if one is.
+    pub served: Option<OwnedFd>,
 }
 
 /// What is typed.
@@ -123,6 +126,11 @@ impl Machine {
         };
         machine.watch_input(drained)?;
         Ok(machine)
+    }
+
+    /// Keeps what keeps another process in charge of the memory.
+    pub(crate) fn memory_is_served_by(&mut self, descriptor: Option<OwnedFd>) {
+        self.hardware.served = descriptor;
     }
 
     /// A standard input that cannot be waited for (a file, /dev/null) has nothing to type.

@@ -6,11 +6,14 @@
 pub mod dirty;
 pub mod format;
 pub mod memory;
+pub mod served;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use format::{SectionReader, State};
+use kapsel_devices::Memory;
 use kapsel_devices::state::StateError;
 use serde::Deserialize;
 
@@ -74,7 +77,7 @@ pub struct Load {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
-    /// The file.
+    /// The file, or the socket.
     pub backend_path: PathBuf,
     /// What it is.
     pub backend_type: BackendType,
@@ -85,6 +88,8 @@ pub struct MemoryBackend {
 pub enum BackendType {
     /// A file is mapped.
     File,
+    /// A process at a Unix socket brings pages as they are touched ([`served`]).
+    Uffd,
 }
 
 /// Another tap for a network card.
@@ -106,15 +111,24 @@ pub struct VsockOverride {
 }
 
 impl Load {
-    /// The file with the memory.
+    /// Gets the memory of such a machine, and what has to be kept for as long as it is used.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] when none is named, or two.
-    pub fn memory(&self) -> Result<&Path, Error> {
-        match (&self.mem_backend, &self.mem_file_path) {
-            (Some(backend), None) => Ok(&backend.backend_path),
-            (None, Some(path)) => Ok(path),
-            _ => Err(Error::NoMemory),
+    /// [`Error::NoMemory`] when it is not said where it is, or twice, or what [`memory::load`] and [`served::connect`] say.
+    pub fn memory(&self, machine: &config::MachineConfig) -> Result<(Memory, Option<OwnedFd>), Error> {
+        let (kind, path) = match (&self.mem_backend, &self.mem_file_path) {
+            (Some(backend), None) => (backend.backend_type, &backend.backend_path),
+            (None, Some(path)) => (BackendType::File, path),
+            _ => return Err(Error::NoMemory),
+        };
+        match kind {
+            BackendType::File => {
+                Ok((memory::load(machine.mem_size_mib, path, machine.track_dirty_pages)?, None))
+            }
+            BackendType::Uffd => {
+                let (memory, descriptor) = served::connect(machine, path)?;
+                Ok((memory, Some(descriptor)))
+            }
         }
     }
 

@@ -26,6 +26,8 @@ pub const TICK: &str = "tick";
 pub const LARGE_SECTORS: usize = 128;
 /// Said when the guest knows that it is another machine.
 pub const FORKED: &str = "forked after tick";
+/// The memory of a guest that is saved.
+pub const MEMORY_MIB: usize = 256;
 /// How much a guest that is saved writes with each tick.
 const JOURNAL: usize = 2 << 20;
 /// The size of a disk that is limited.

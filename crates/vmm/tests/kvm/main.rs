@@ -3,6 +3,7 @@
 
 mod api;
 mod guest;
+mod handler;
 mod host;
 mod network;
 mod services;

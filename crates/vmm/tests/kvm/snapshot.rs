@@ -6,16 +6,21 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
 use crate::guest;
+use crate::handler::Handler;
 use crate::host::{Files, echo_once};
 use crate::session::{Client, Session};
 
+/// So many pages are enough to see that the balloon's are removed.
+const REMOVED_MIN: usize = 1024;
 const QUIET: [&str; 2] = ["--level", "Warn"];
 
 pub fn snapshot() -> Result<(), Failed> {
@@ -43,6 +48,7 @@ pub fn snapshot() -> Result<(), Failed> {
     went_on(session, ticks)?;
     echo.join().expect("the echo does not panic")?;
     assert!(fs::read(&memory)? == saved, "what a clone writes is its own");
+    served(&files, &inside, &state, &memory, ticks)?;
     changes(&files, &inside, &memory, later)
 }
 
@@ -95,6 +101,49 @@ fn changes(
     Ok(())
 }
 
+/// The memory comes from a handler, page by page, which learns what the balloon takes.
+fn served(
+    files: &Files,
+    inside: &impl Fn(&str) -> PathBuf,
+    state: &Path,
+    memory: &Path,
+    ticks: usize,
+) -> Result<(), Failed> {
+    let mut session = Session::start(files, &inside("served"), &QUIET)?;
+    let load = json!({
+        "snapshot_path": state,
+        "mem_backend": {"backend_type": "Uffd", "backend_path": inside("handler")},
+        "vsock_override": {"uds_path": inside("served-vsock")},
+    });
+    session.client.refused("PUT", "/snapshot/load", &load, "give the memory to its handler")?;
+    let handler = Handler::start(&inside("handler"), memory)?;
+    session.client.done("PUT", "/snapshot/load", &load)?;
+    session.client.done("PATCH", "/balloon", &json!({"amount_mib": guest::BALLOON_MIB}))?;
+    // Its last task waits until somebody answers.
+    let listener = UnixListener::bind(inside(&format!("served-vsock_{}", guest::HOST_PORT)))?;
+    session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let count = |counter: &AtomicUsize| counter.load(Ordering::SeqCst);
+    let counters = handler.counters.clone();
+    while count(&counters.removed) < REMOVED_MIN && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // What it takes back comes as zeroes.
+    session.client.done("PATCH", "/balloon", &json!({"amount_mib": 0}))?;
+    let echo = std::thread::spawn(move || echo_once(&listener));
+    went_on(session, ticks)?;
+    echo.join().expect("the echo does not panic")?;
+    handler.finish()?;
+    let (copied, removed) = (count(&counters.copied), count(&counters.removed));
+    println!("{copied} pages were brought, {removed} removed, {} zeroed", count(&counters.zeroed));
+    let all = guest::MEMORY_MIB * 256;
+    if removed >= REMOVED_MIN && (100..all / 2).contains(&copied) {
+        Ok(())
+    } else {
+        Err(format!("{copied} of {all} pages were brought, {removed} removed").into())
+    }
+}
+
 /// Copies what is not a hole.
 fn merge(from: &Path, to: &Path) -> std::io::Result<()> {
     let (from, to) = (fs::File::open(from)?, fs::File::options().write(true).open(to)?);
@@ -138,7 +187,7 @@ fn save(
         "boot_args": guest::arguments("clone"),
     });
     client.done("PUT", "/boot-source", &kernel)?;
-    let machine = json!({"vcpu_count": 2, "mem_size_mib": 256, "track_dirty_pages": true});
+    let machine = json!({"vcpu_count": 2, "mem_size_mib": guest::MEMORY_MIB, "track_dirty_pages": true});
     client.done("PUT", "/machine-config", &machine)?;
     let drive =
         json!({"drive_id": "data", "path_on_host": disk, "is_root_device": false, "is_read_only": true});
