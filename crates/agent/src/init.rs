@@ -5,6 +5,8 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kapsel_channel::GuestPort;
+use kapsel_protocol::AGENT_PORT;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
@@ -18,6 +20,18 @@ const MODULES: &str = "/lib/kapsel/modules";
 const PORT: &str = "kapsel.0";
 /// How long the port may take to appear.
 const PORT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// virtio's number of a device with serial ports (QEMU's way to the host).
+const SERIAL: u32 = 3;
+/// virtio's number of a socket device (kapsel-vmm's way to the host).
+const VSOCK: u32 = 19;
+/// A machine has one way to the host, and is spared the drivers of the other.
+const CHANNEL_DRIVERS: [(&str, u32); 4] = [
+    ("virtio_console", SERIAL),
+    ("vsock", VSOCK),
+    ("vmw_vsock_virtio_transport_common", VSOCK),
+    ("vmw_vsock_virtio_transport", VSOCK),
+];
 
 /// Source, target, type, flags and data.
 type Mount = (&'static CStr, &'static CStr, MountFlags, &'static CStr);
@@ -83,6 +97,10 @@ fn load_modules() -> io::Result<()> {
         other => other.map_err(|e| context(MODULES, e))?,
     };
     for path in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        if !is_of_use(path) {
+            let _ = std::fs::remove_file(path);
+            continue;
+        }
         let loaded = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .and_then(|file| rustix::system::finit_module(&file, c"", 0));
         match loaded {
@@ -95,21 +113,41 @@ fn load_modules() -> io::Result<()> {
     Ok(())
 }
 
-/// Finds the agent's port, which appears some time after its module was loaded.
+/// Whether a module has a device here, if it is for one that not all machines have.
+fn is_of_use(module: &str) -> bool {
+    let name = Path::new(module).file_stem().unwrap_or_default();
+    CHANNEL_DRIVERS.iter().all(|(driver, device)| name != *driver || has_device(*device))
+}
+
+/// Whether the machine has a virtio device of this kind.
+fn has_device(kind: u32) -> bool {
+    let is_kind = |entry: std::fs::DirEntry| {
+        let id = std::fs::read_to_string(entry.path().join("device")).ok()?;
+        u32::from_str_radix(id.trim().strip_prefix("0x")?, 16).ok()
+    };
+    let devices = std::fs::read_dir("/sys/bus/virtio/devices").into_iter().flatten().flatten();
+    devices.filter_map(is_kind).any(|found| found == kind)
+}
+
+/// Opens the agent's port, which on a serial device appears some time after its module was loaded.
 ///
 /// # Errors
-/// When it does not appear.
-pub async fn port() -> io::Result<PathBuf> {
+/// When it does not appear, or cannot be opened.
+pub async fn port() -> io::Result<GuestPort> {
     let waiting = async {
         loop {
             if let Some(path) = find_port() {
-                return path;
+                return GuestPort::open(&path);
+            }
+            if has_device(VSOCK) {
+                return GuestPort::listen(AGENT_PORT);
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    tokio::time::timeout(PORT_DEADLINE, waiting).await.map_err(|_| {
-        io::Error::new(ErrorKind::NotFound, format!("the machine has no virtio-serial port named {PORT}"))
+    tokio::time::timeout(PORT_DEADLINE, waiting).await.unwrap_or_else(|_| {
+        let what = format!("the machine has neither a virtio-serial port named {PORT} nor vsock");
+        Err(io::Error::new(ErrorKind::NotFound, what))
     })
 }
 

@@ -8,7 +8,6 @@ use kapsel_agent::phases::Phases;
 use kapsel_agent::reaper::Reaper;
 use kapsel_agent::sandbox::Sandbox;
 use kapsel_agent::{init, session, sys};
-use kapsel_channel::GuestPort;
 
 fn main() {
     if std::process::id() != 1 {
@@ -45,8 +44,7 @@ fn run() -> std::io::Result<()> {
     let signals = sys::child_signals()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(async {
-        let path = init::port().await?;
-        let port = GuestPort::open(&path)?;
+        let port = init::port().await?;
         phases.lap("port");
         let reaper = Arc::new(Reaper::default());
         tokio::spawn(reaper.clone().run(signals));

@@ -1,4 +1,4 @@
-//! The guest's end: a virtio-serial port, on which sessions follow each other.
+//! The guest's end: a virtio-serial port, on which sessions follow each other, or a vsock port, where each session is a connection.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,13 +15,21 @@ use tokio::task::JoinHandle;
 
 use crate::mux::{Mux, Side, Unread};
 use crate::preamble::{self, Kind, Preamble};
-use crate::{Error, Result, frame};
+use crate::{Error, Result, frame, vsock};
 
 /// The port on which the host begins sessions.
 pub struct GuestPort {
-    port: Arc<Port>,
+    way: Way,
     unread: Unread,
     session: Option<JoinHandle<()>>,
+}
+
+/// How the host comes.
+enum Way {
+    /// By one device, again and again.
+    Device(Arc<Port>),
+    /// By connections.
+    Listener(vsock::Listener),
 }
 
 impl GuestPort {
@@ -40,7 +48,19 @@ impl GuestPort {
     /// # Errors
     /// When epoll fails.
     pub fn from_file(file: File) -> io::Result<GuestPort> {
-        Ok(GuestPort { port: Arc::new(Port::new(file)?), unread: Unread::default(), session: None })
+        Ok(Self::of(Way::Device(Arc::new(Port::new(file)?))))
+    }
+
+    /// Listens on a port of vsock.
+    ///
+    /// # Errors
+    /// When the kernel has no vsock, or the port is in use.
+    pub fn listen(port: u32) -> io::Result<GuestPort> {
+        Ok(Self::of(Way::Listener(vsock::Listener::bind(port)?)))
+    }
+
+    fn of(way: Way) -> GuestPort {
+        GuestPort { way, unread: Unread::default(), session: None }
     }
 
     /// Waits until the host begins a session. An earlier session must have ended or been dropped; its end is waited for.
@@ -53,25 +73,34 @@ impl GuestPort {
             let _ = session.await;
         }
         loop {
-            let received = match self.greet().await {
+            let (port, may_fail) = match &self.way {
+                Way::Device(port) => (port.clone(), false),
+                Way::Listener(listener) => {
+                    // What a connection that ended left is no beginning of the next.
+                    self.unread.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                    (Arc::new(Port::new(listener.accept().await?)?), true)
+                }
+            };
+            let received = match self.greet(&port).await {
                 Ok(received) => received,
+                Err(Error::Protocol(_)) => continue,
+                // The host may come again, by another connection.
+                Err(_) if may_fail => continue,
                 Err(Error::Closed) => {
-                    self.port.changed().await?;
+                    port.changed().await?;
                     continue;
                 }
-                Err(Error::Protocol(_)) => continue,
                 Err(error) => return Err(error),
             };
-            let io = PortIo(self.port.clone());
-            let (mux, session) = Mux::start(io, Side::Guest, received, Some(self.unread.clone()));
+            let (mux, session) = Mux::start(PortIo(port), Side::Guest, received, Some(self.unread.clone()));
             self.session = Some(session);
             return Ok(mux);
         }
     }
 
     /// Answers hellos until a frame follows one. Returns what was read of the frames.
-    async fn greet(&mut self) -> Result<Vec<u8>> {
-        let mut io = PortIo(self.port.clone());
+    async fn greet(&self, port: &Arc<Port>) -> Result<Vec<u8>> {
+        let mut io = PortIo(port.clone());
         let mut pending = std::mem::take(&mut *self.unread.lock().unwrap_or_else(PoisonError::into_inner));
         loop {
             let hello = |p: Preamble| (p.kind == Kind::Hello).then_some(p);

@@ -1,8 +1,8 @@
 //! Streams between host and guest.
 //!
 //! One trait, [`Channel`]: open a stream to a numbered port on the other side, or accept one from it. Where the
-//! monitor has vsock the streams are vsock connections; where it has only a serial port (QEMU's virtio-serial) they
-//! are multiplexed on that one port by [`mux`].
+//! monitor has vsock a session is one vsock connection, else it is on a serial port (QEMU's virtio-serial): in both, its
+//! streams are multiplexed by [`mux`], with the same bounds.
 //!
 //! The other side is hostile when it is the guest. A session therefore has fixed bounds ([`limits`]): no byte sequence
 //! from the peer makes this side buffer more than [`limits::SESSION_MEMORY`], and a peer that breaks the protocol loses
@@ -16,10 +16,11 @@ pub mod limits;
 pub mod mux;
 mod preamble;
 mod stream;
+mod vsock;
 
 pub use error::Error;
 pub use guest::GuestPort;
-pub use host::connect;
+pub use host::{connect, dial};
 pub use stream::Stream;
 
 /// `Result` with this crate's error.

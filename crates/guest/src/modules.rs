@@ -13,6 +13,7 @@ use crate::{Error, Result, archive};
 pub(crate) const NEEDED: &[&str] = &[
     "virtio_mmio",
     "virtio_console",
+    "vmw_vsock_virtio_transport",
     "virtio_blk",
     "erofs",
     "overlay",
