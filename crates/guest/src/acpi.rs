@@ -3,7 +3,8 @@
 //! QEMU's `microvm` machine describes only the slots that hold a device at start, and has no hotplug. A machine that is
 //! restored from a snapshot may however have devices (shared directories) that the saved one did not have. So the
 //! initramfs brings a table of its own (Documentation/admin-guide/acpi/initrd_table_override.rst) with the slots that
-//! are kept for that; the guest's driver finds nothing there at boot and is told to look again after the restore.
+//! are kept for that; the guest's driver finds nothing there at boot and is told to look again after the restore. On other
+//! machines, which have no such places, the devices of the table say that they are not there.
 
 /// Slots for devices that come with a restore: the last ones of the 24 that the machine has.
 pub(crate) const SLOTS: std::ops::Range<u32> = 8..24;
@@ -15,6 +16,9 @@ pub(crate) const PATH: &str = "kernel/firmware/acpi/kapsel.aml";
 const BASE: u32 = 0xfeb0_0000;
 const SIZE: u32 = 0x200;
 const FIRST_INTERRUPT: u32 = 24;
+
+/// What QEMU's own table always has and no other machine's does: `\_SB.FWCF`, its configuration device.
+const OF_QEMU: &[u8] = b"\\\x2e_SB_FWCF";
 
 /// The table: `Scope (\_SB) { Device (K008) { … } … }`.
 pub(crate) fn table() -> Vec<u8> {
@@ -49,7 +53,15 @@ fn device(slot: u32) -> Vec<u8> {
     let mut buffer = vec![0x0a, resources.len() as u8];
     buffer.extend(resources);
     body.extend(name(b"_CRS", &package(&[0x11], &buffer)));
+    body.extend(status());
     package(&[0x5b, 0x82], &body)
+}
+
+/// `Method (_STA) { If (CondRefOf (\_SB.FWCF)) { Return (0x0f) } Return (Zero) }`: present, or not.
+fn status() -> Vec<u8> {
+    let condition = [&[0x5b, 0x12], OF_QEMU, &[0]].concat();
+    let present = package(&[0xa0], &[&condition[..], &[0xa4, 0x0a, 0x0f]].concat());
+    package(&[0x14], &[&b"_STA"[..], &[0], &present, &[0xa4, 0]].concat())
 }
 
 fn name(name: &[u8; 4], value: &[u8]) -> Vec<u8> {

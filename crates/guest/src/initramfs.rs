@@ -12,7 +12,7 @@ use crate::lock::Lock;
 use crate::{Kernel, Result, acpi, cpio};
 
 /// Changes when the archive's layout does, so that cached ones are made again.
-const LAYOUT: u32 = 2;
+const LAYOUT: u32 = 3;
 
 /// Where the agent finds the modules' paths, one a line, in the order to load them in.
 const MODULES: &str = "lib/kapsel/modules";
