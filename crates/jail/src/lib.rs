@@ -1,6 +1,6 @@
 //! Confines a child process: namespaces, `pivot_root`, capabilities, seccomp, Landlock, rlimits, cgroup.
 //!
-//! Used for the monitor (QEMU) and the file servers: programs that face a hostile guest. A [`Jail`] describes what such a process
+//! Used for the monitors and the file servers: programs that face a hostile guest. A [`Jail`] describes what such a process
 //! has; all else it has not. [`Jail::spawn`] returns when the program runs, or with the step that failed.
 //!
 //! | file | idea |
@@ -11,7 +11,7 @@
 //! | `child` | the confinement itself, in order: **the file to audit** |
 //! | `cgroup` | cgroups of v1, v2 and both |
 //! | `filters` | the seccomp allow-lists |
-//! | `profiles` | the jails of QEMU and of kapsel-fsd |
+//! | `profiles` | the jails of the monitors and of kapsel-fsd |
 
 mod caps;
 pub mod cgroup;

@@ -51,13 +51,15 @@ pub enum Error {
         stderr: String,
     },
     /// The monitor refused a command.
-    #[error("machine {name}: QEMU refused {command}: {message}")]
+    #[error("machine {name}: {monitor} refused {command}: {message}")]
     Refused {
         /// The machine.
         name: String,
-        /// The QMP command.
+        /// The monitor.
+        monitor: &'static str,
+        /// The command of its control protocol.
         command: String,
-        /// QEMU's words.
+        /// The monitor's words.
         message: String,
     },
     /// Something took too long.

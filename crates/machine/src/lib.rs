@@ -6,8 +6,13 @@
 
 mod console;
 mod error;
+mod fingerprint;
+mod kapsel_vmm;
 pub mod probe;
+mod process;
 mod qemu;
+mod session;
+mod snapshot;
 mod spec;
 mod types;
 
@@ -18,6 +23,7 @@ use std::time::Duration;
 use kapsel_channel::Channel;
 
 pub use error::Error;
+pub use kapsel_vmm::KapselVmm;
 pub use qemu::Qemu;
 pub use spec::{Accel, Attachment, Disk, Identity, JailOptions, MachineSpec, Nic, Share};
 pub use types::{Capabilities, ExitReason, Phase, Probe, Snapshot, Stats};
@@ -28,6 +34,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// A program that runs virtual machines.
 #[async_trait::async_trait]
 pub trait Monitor: Send + Sync {
+    /// Its name in messages and records.
+    fn name(&self) -> &'static str;
+
     /// Looks at what is installed here: found or not, version, and why it cannot be used.
     fn probe(&self) -> Probe;
 

@@ -32,6 +32,10 @@ pub struct Capabilities {
     pub nics: bool,
     /// [`crate::Accel::Tcg`].
     pub tcg: bool,
+    /// The most processors.
+    pub vcpus: u32,
+    /// The most memory, in MiB.
+    pub memory_mib: u32,
 }
 
 /// A saved machine: `memory`, `state` and `meta.json` in a directory.

@@ -1,6 +1,7 @@
 //! The jails of the programs that kapsel runs.
 
 mod fsd;
+mod kapsel_vmm;
 mod qemu;
 
 use std::path::Path;
@@ -10,6 +11,7 @@ use crate::error::Result;
 use crate::jail::Jail;
 
 pub use fsd::{Share, fsd};
+pub use kapsel_vmm::kapsel_vmm;
 pub use qemu::qemu;
 
 impl Jail {

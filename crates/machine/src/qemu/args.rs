@@ -10,6 +10,7 @@ use std::ffi::OsString;
 
 use serde_json::{Value, json};
 
+use crate::spec::NEEDLESS;
 use crate::{Accel, Error, MachineSpec, Nic, Result};
 
 /// Slots, by what is in them. The last sixteen are those that the guest's ACPI table (crate guest) tells of: shares from the first,
@@ -25,6 +26,8 @@ const FIRST_DISK: usize = 4;
 const FIRST_SHARE: usize = 8;
 const SLOTS: usize = 24;
 
+/// The most processors of a machine.
+pub(super) const MAX_CPUS: u32 = 255;
 /// The most disks of a machine.
 pub(super) const MAX_DISKS: usize = FIRST_SHARE - FIRST_DISK;
 /// The most shares and network interfaces of a machine together.
@@ -32,18 +35,6 @@ pub(super) const MAX_PLUGGED: usize = SLOTS - FIRST_SHARE;
 
 /// The guest's port for the channel: `/dev/virtio-ports/kapsel.0`.
 const PORT: &str = "kapsel.0";
-
-/// What Linux starts with and no sandbox uses; a quarter of a boot under TCG. A kernel without one of them ignores its name.
-///
-/// The self-test of the generator of random numbers from timing (the guest has the host's), names in trace output, keys for signed
-/// modules (the modules come with the kernel), types for congestion control written in BPF and for testing such things.
-const NEEDLESS: &[&str] = &[
-    "jent_mod_init",
-    "trace_eval_init",
-    "load_system_certificate_list",
-    "bpf_tcp_ca_kfunc_init",
-    "bpf_dummy_struct_ops_init",
-];
 
 /// What the guest's kernel needs to be told, whichever it is.
 ///
@@ -275,8 +266,8 @@ fn check(spec: &MachineSpec) -> Result<()> {
     if !plain(&spec.name, 64) {
         return invalid("a name has letters, digits, '-', '_' and '.', at most 64".into());
     }
-    if spec.vcpus == 0 || spec.vcpus > 255 {
-        return invalid(format!("{} processors; it can have 1 to 255", spec.vcpus));
+    if spec.vcpus == 0 || spec.vcpus > MAX_CPUS {
+        return invalid(format!("{} processors; it can have 1 to {MAX_CPUS}", spec.vcpus));
     }
     if spec.memory_mib < 64 {
         return invalid(format!("{} MiB of memory; the guest's kernel needs at least 64", spec.memory_mib));

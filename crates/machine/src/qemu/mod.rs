@@ -1,7 +1,6 @@
 //! QEMU as a monitor.
 
 mod args;
-mod fingerprint;
 mod machine;
 mod process;
 mod qmp;
@@ -16,10 +15,13 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::error::Context;
+use crate::fingerprint;
+use crate::process::{Process, give};
+use crate::snapshot::Meta;
 use crate::{Capabilities, Error, Machine, MachineSpec, Monitor, Probe, Result, Snapshot};
 use args::{Memory, fds};
 use machine::QemuMachine;
-use process::{Process, Start};
+use process::Start;
 use qmp::Qmp;
 
 /// The monitor's name in messages.
@@ -65,6 +67,10 @@ impl Qemu {
 
 #[async_trait::async_trait]
 impl Monitor for Qemu {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
     fn probe(&self) -> Probe {
         let mut probe = Probe { path: Some(self.program.clone()), version: None, problems: Vec::new() };
         let output = std::process::Command::new(&self.program).arg("--version").output();
@@ -95,11 +101,27 @@ impl Monitor for Qemu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { snapshot: true, shares: true, nics: true, tcg: true }
+        Capabilities {
+            snapshot: true,
+            shares: true,
+            nics: true,
+            tcg: true,
+            vcpus: args::MAX_CPUS,
+            memory_mib: u32::MAX,
+        }
     }
 
     fn fingerprint(&self, spec: &MachineSpec) -> Result<String> {
-        fingerprint::of(&self.program, spec)
+        // The command line of a machine without what may differ between a saved machine and one made from it.
+        let shape = MachineSpec {
+            name: "x".into(),
+            shares: Vec::new(),
+            nics: Vec::new(),
+            template: false,
+            ..spec.clone()
+        };
+        let args = args::build(&shape, Memory::Anonymous, args::From::Snapshot)?;
+        fingerprint::of(&self.program, spec, args.iter().map(|arg| arg.as_encoded_bytes()))
     }
 
     async fn boot(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
@@ -116,7 +138,7 @@ impl Monitor for Qemu {
         };
         let fingerprint = self.fingerprint(spec)?;
         let memory_file = start.memory_file.clone();
-        let (process, mut qmp) = Process::start(&self.program, spec, memory, start).await?;
+        let (process, mut qmp) = process::start(&self.program, spec, memory, start).await?;
         let spawned = begun.elapsed();
         let id = qmp.send(&[("query-status", json!({}))]).await;
         let up = answered(&process, &mut qmp, id, spec).await?;
@@ -127,7 +149,7 @@ impl Monitor for Qemu {
     async fn restore(&self, snapshot: &Snapshot, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         let begun = Instant::now();
         let fingerprint = self.fingerprint(spec)?;
-        snapshot::Meta::read(&snapshot.dir, spec, &fingerprint)?;
+        Meta::read(&snapshot.dir, spec, &fingerprint)?;
         let path = snapshot.dir.join("state");
         let state = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
         // Not mapped privately: QEMU before 8.1 punches what the guest reports as free out of the file behind such a mapping, which
@@ -149,7 +171,7 @@ impl Monitor for Qemu {
         // QEMU starts meanwhile; it looks at the memory no sooner than it is told to load the state.
         let copy = tokio::task::spawn_blocking(move || copy.run().map(|()| begun.elapsed()));
         let prepared = begun.elapsed();
-        let (process, mut qmp) = Process::start(&self.program, spec, memory, start).await?;
+        let (process, mut qmp) = process::start(&self.program, spec, memory, start).await?;
         let spawned = begun.elapsed() - prepared;
         let copied = copy.await.map_err(std::io::Error::other).context(|| "cannot copy memory".into())??;
         // Sent before QEMU is up, so that it need not wait for us. It lets the guest run when it has loaded the state.
@@ -187,7 +209,7 @@ impl Monitor for Qemu {
 fn memory_file(spec: &MachineSpec) -> Result<PathBuf> {
     let path = spec.memory_dir.as_ref().unwrap_or(&spec.dir).join("memory");
     snapshot::create_memory(&path, spec)?;
-    process::give(&path, spec)?;
+    give(&path, spec)?;
     Ok(path)
 }
 
@@ -241,9 +263,12 @@ async fn guarded<T>(
             stderr: process.stderr.lines(10),
         }),
         Err(_) => match refused {
-            Some(message) => {
-                Err(Error::Refused { name: spec.name.clone(), command: what.to_owned(), message })
-            }
+            Some(message) => Err(Error::Refused {
+                name: spec.name.clone(),
+                monitor: NAME,
+                command: what.to_owned(),
+                message,
+            }),
             None => Err(Error::Control { name: spec.name.clone(), what: format!("{what} failed") }),
         },
     }

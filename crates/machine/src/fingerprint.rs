@@ -6,12 +6,17 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::args::{self, Memory};
 use crate::error::Context;
 use crate::{Accel, MachineSpec, Result};
 
+/// `shape` describes the machine in all that is the same in a saved one and in one made from it.
+///
 /// Files are identified by what changes when they do (inode, size, times) rather than by reading them: this is on the way of every start.
-pub(super) fn of(program: &Path, spec: &MachineSpec) -> Result<String> {
+pub(crate) fn of(
+    program: &Path,
+    spec: &MachineSpec,
+    shape: impl IntoIterator<Item = impl AsRef<[u8]>>,
+) -> Result<String> {
     let mut hash = Sha256::new();
     for path in [program, &spec.kernel, &spec.initramfs] {
         let meta = fs::metadata(path).context(|| format!("cannot read {}", path.display()))?;
@@ -25,16 +30,8 @@ pub(super) fn of(program: &Path, spec: &MachineSpec) -> Result<String> {
             meta.mtime_nsec()
         ));
     }
-    // The shape is the command line of a machine without what may differ between a saved machine and one made from it.
-    let shape = MachineSpec {
-        name: "x".into(),
-        shares: Vec::new(),
-        nics: Vec::new(),
-        template: false,
-        ..spec.clone()
-    };
-    for arg in args::build(&shape, Memory::Anonymous, args::From::Snapshot)? {
-        hash.update(arg.as_encoded_bytes());
+    for part in shape {
+        hash.update(part.as_ref());
         hash.update([0]);
     }
     hash.update(processor(spec.accel));
