@@ -2,6 +2,14 @@
 # Process 1 of the box: mounts the usual, loads KVM, runs the command with its output on one virtio port, and reports the
 # exit status on the other.
 busybox=/bin/busybox
+# pivot_root(2), which jails call, does not work on the kernel's first root mount: its content becomes an ordinary one.
+if [ -z "$moved" ]; then
+  $busybox mkdir -p /mnt
+  $busybox mount --bind / /mnt
+  cd /mnt
+  $busybox mount --move . /
+  moved=yes exec $busybox chroot . /init
+fi
 $busybox mkdir -p /proc /sys /dev /tmp /run /root
 $busybox mount -t proc proc /proc
 $busybox mount -t sysfs sysfs /sys

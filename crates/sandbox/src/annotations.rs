@@ -7,7 +7,7 @@ use oci_spec::runtime::Spec;
 use crate::config::{Isolation, parse_size};
 use crate::network::Network;
 
-/// [`Isolation`]: `auto`, `kvm` or `tcg`.
+/// [`Isolation`]: `auto`, `kvm`, `kapsel-vmm`, `qemu-kvm` or `tcg`.
 pub const ISOLATION: &str = "io.kapsel.isolation";
 /// The machine's memory in bytes (or as `512M`).
 pub const MEMORY: &str = "io.kapsel.memory";

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use kapsel_machine::{
-    Accel, Monitor, Qemu,
+    Accel, Capabilities, KapselVmm, Monitor, Qemu,
     probe::{self, KvmVerdict},
 };
 
 use crate::{
     config::{Config, Isolation},
     paths::Paths,
+    programs,
 };
 
 /// Why there is no machine to be had.
@@ -21,41 +22,99 @@ pub enum Error {
     /// KVM was asked for.
     #[error("KVM cannot be used: {0}; `--isolation tcg` works without it, `kapsel doctor` says more")]
     NoKvm(String),
+    /// kapsel-vmm was asked for.
+    #[error("kapsel-vmm cannot run this sandbox: {0}; `--isolation qemu-kvm` can")]
+    Unfit(String),
 }
 
-/// The machine that sandboxes get here.
+/// What a machine shall be, as far as monitors differ in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// It shares directories of the host.
+    pub shares: bool,
+    /// It has a network.
+    pub network: bool,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// MiB.
+    pub memory_mib: u32,
+}
+
+impl Needs {
+    /// What a monitor lacks of it, if anything.
+    fn lacking(&self, can: &Capabilities) -> Result<(), String> {
+        if self.shares && !can.shares {
+            return Err("it cannot share directories of the host yet".into());
+        }
+        if self.network && !can.nics {
+            return Err("it cannot have the sandbox's network yet".into());
+        }
+        if self.vcpus > can.vcpus {
+            return Err(format!("it has at most {} processors", can.vcpus));
+        }
+        if self.memory_mib > can.memory_mib {
+            return Err(format!("it has at most {} GiB of memory", can.memory_mib >> 10));
+        }
+        Ok(())
+    }
+}
+
+/// The machine that a sandbox gets here.
 #[derive(Clone)]
 pub struct Choice {
     /// What runs it.
     pub monitor: Arc<dyn Monitor>,
     /// How its code is executed.
     pub accel: Accel,
+    /// What to ask for to get the same again: never `auto` or `kvm`.
+    pub isolation: Isolation,
     /// Why it is this one, in words.
     pub reason: String,
 }
 
-/// Takes the strongest isolation that works well here, or the one that is asked for.
+/// Takes the strongest isolation that works well here and does what is needed, or the one that is asked for.
 ///
 /// # Errors
 /// When there is none, or not the one that is asked for.
-pub fn choose(paths: &Paths, config: &Config, wanted: Isolation) -> Result<Choice, Error> {
-    let monitor = Arc::new(Qemu::find(config.qemu().as_deref())?);
-    let (accel, reason) = decide(wanted, || probe::kvm(paths.state()))?;
-    Ok(Choice { monitor, accel, reason })
+pub fn choose(paths: &Paths, config: &Config, wanted: Isolation, needs: &Needs) -> Result<Choice, Error> {
+    let vmm = programs::find(programs::MONITOR, config).map(KapselVmm::at).map_err(|e| e.to_string());
+    let fit = match &vmm {
+        Ok(vmm) => needs.lacking(&vmm.capabilities()),
+        Err(missing) => Err(missing.clone()),
+    };
+    let (isolation, reason) = decide(wanted, || probe::kvm(paths.state()), fit)?;
+    let accel = if isolation == Isolation::Tcg { Accel::Tcg } else { Accel::Kvm };
+    let monitor: Arc<dyn Monitor> = match (isolation, vmm) {
+        (Isolation::KapselVmm, Ok(vmm)) => Arc::new(vmm),
+        _ => Arc::new(Qemu::find(config.qemu().as_deref())?),
+    };
+    Ok(Choice { monitor, accel, isolation, reason })
 }
 
-fn decide(wanted: Isolation, kvm: impl FnOnce() -> KvmVerdict) -> Result<(Accel, String), Error> {
+/// One of `kapsel-vmm`, `qemu-kvm` and `tcg`, and why. `fit` says whether kapsel-vmm can do what is needed.
+fn decide(
+    wanted: Isolation,
+    kvm: impl FnOnce() -> KvmVerdict,
+    fit: Result<(), String>,
+) -> Result<(Isolation, String), Error> {
     if wanted == Isolation::Tcg {
-        return Ok((Accel::Tcg, "asked for".into()));
+        return Ok((Isolation::Tcg, "asked for".into()));
     }
     let verdict = kvm();
-    let reason = verdict.reason();
-    match (wanted, verdict) {
-        (Isolation::Kvm, KvmVerdict::None(_)) => Err(Error::NoKvm(reason)),
+    let reason = match (wanted, &verdict) {
+        (Isolation::Auto, KvmVerdict::Native) => verdict.reason(),
+        (Isolation::Auto, KvmVerdict::Slow(reason) | KvmVerdict::None(reason)) => {
+            return Ok((Isolation::Tcg, reason.clone()));
+        }
+        (_, KvmVerdict::None(reason)) => return Err(Error::NoKvm(reason.clone())),
         // Asked for, so also where it is slow.
-        (Isolation::Kvm, _) => Ok((Accel::Kvm, format!("asked for; {reason}"))),
-        (_, KvmVerdict::Native) => Ok((Accel::Kvm, reason)),
-        (_, KvmVerdict::Slow(_) | KvmVerdict::None(_)) => Ok((Accel::Tcg, reason)),
+        (..) => format!("asked for; {}", verdict.reason()),
+    };
+    match (wanted, fit) {
+        (Isolation::QemuKvm, _) => Ok((Isolation::QemuKvm, reason)),
+        (_, Ok(())) => Ok((Isolation::KapselVmm, reason)),
+        (Isolation::KapselVmm, Err(lack)) => Err(Error::Unfit(lack)),
+        (_, Err(lack)) => Ok((Isolation::QemuKvm, format!("{reason}; QEMU instead of kapsel-vmm: {lack}"))),
     }
 }
 
@@ -63,16 +122,51 @@ fn decide(wanted: Isolation, kvm: impl FnOnce() -> KvmVerdict) -> Result<(Accel,
 mod tests {
     use super::*;
 
+    fn told(wanted: Isolation, verdict: &KvmVerdict, fit: Result<(), String>) -> Option<Isolation> {
+        decide(wanted, || verdict.clone(), fit).map(|(isolation, _)| isolation).ok()
+    }
+
     #[test]
     fn the_strongest_that_works_well() {
-        let told = |wanted, verdict: KvmVerdict| decide(wanted, || verdict).map(|(accel, _)| accel).ok();
         let (native, slow, absent) =
             (KvmVerdict::Native, KvmVerdict::Slow("s".into()), KvmVerdict::None("a".into()));
-        assert_eq!(told(Isolation::Auto, native.clone()), Some(Accel::Kvm));
-        assert_eq!(told(Isolation::Auto, slow.clone()), Some(Accel::Tcg));
-        assert_eq!(told(Isolation::Auto, absent.clone()), Some(Accel::Tcg));
-        assert_eq!(told(Isolation::Kvm, slow), Some(Accel::Kvm));
-        assert_eq!(told(Isolation::Kvm, absent), None);
-        assert_eq!(told(Isolation::Tcg, native), Some(Accel::Tcg));
+        let fits = |wanted, verdict| told(wanted, verdict, Ok(()));
+        assert_eq!(fits(Isolation::Auto, &native), Some(Isolation::KapselVmm));
+        assert_eq!(fits(Isolation::Auto, &slow), Some(Isolation::Tcg));
+        assert_eq!(fits(Isolation::Auto, &absent), Some(Isolation::Tcg));
+        assert_eq!(fits(Isolation::Tcg, &native), Some(Isolation::Tcg));
+        for (wanted, got) in [
+            (Isolation::Kvm, Isolation::KapselVmm),
+            (Isolation::KapselVmm, Isolation::KapselVmm),
+            (Isolation::QemuKvm, Isolation::QemuKvm),
+        ] {
+            assert_eq!(fits(wanted, &native), Some(got));
+            assert_eq!(fits(wanted, &slow), Some(got));
+            assert_eq!(fits(wanted, &absent), None);
+        }
+    }
+
+    #[test]
+    fn qemu_where_kapsel_vmm_does_not_fit_and_why_is_said() {
+        let can = Capabilities {
+            snapshot: true,
+            shares: false,
+            nics: false,
+            tcg: false,
+            vcpus: 32,
+            memory_mib: 65536,
+        };
+        let needs = Needs { shares: true, ..Needs::default() };
+        let lack = needs.lacking(&can);
+        for wanted in [Isolation::Auto, Isolation::Kvm] {
+            let (isolation, reason) = decide(wanted, || KvmVerdict::Native, lack.clone()).unwrap();
+            assert_eq!(isolation, Isolation::QemuKvm);
+            assert!(reason.contains("kapsel-vmm: it cannot share directories"), "{reason}");
+        }
+        let error = decide(Isolation::KapselVmm, || KvmVerdict::Native, lack).unwrap_err();
+        assert!(matches!(error, Error::Unfit(_)) && error.to_string().contains("share directories"));
+        let fits = |vcpus, memory_mib| Needs { vcpus, memory_mib, ..Needs::default() }.lacking(&can).is_ok();
+        assert!(Needs { network: true, ..Needs::default() }.lacking(&can).is_err());
+        assert!(fits(32, 65536) && !fits(33, 64) && !fits(1, 65537));
     }
 }

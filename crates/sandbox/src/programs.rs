@@ -10,6 +10,17 @@ pub const SHIM: &str = "containerd-shim-kapsel-v2";
 pub const FSD: &str = "kapsel-fsd";
 /// Process 1 of a guest; linked statically, hence not beside the others, which are built for the host.
 pub const AGENT: &str = "kapsel-agent";
+/// Runs one machine; linked statically as well.
+pub const MONITOR: &str = "kapsel-vmm";
+
+/// The directory of a program that is linked statically, beside that of the others.
+fn apart(name: &str) -> Option<&'static str> {
+    match name {
+        AGENT => Some("guest"),
+        MONITOR => Some("static"),
+        _ => None,
+    }
+}
 
 /// A program that is missing.
 #[derive(Debug, thiserror::Error)]
@@ -35,15 +46,11 @@ pub fn find(name: &'static str, config: &Config) -> Result<PathBuf, Error> {
     let mut looked = Vec::new();
     match config.libexec() {
         Some(dir) => {
-            looked.push(dir.join("guest").join(name));
+            looked.extend(apart(name).map(|apart| dir.join(apart).join(name)));
             looked.push(dir.join(name));
         }
         None => {
-            if name == AGENT {
-                looked.push(beside.join("guest").join(name));
-            } else {
-                looked.push(beside.join(name));
-            }
+            looked.push(apart(name).map_or(beside.to_owned(), |apart| beside.join(apart)).join(name));
             looked.push(beside.join("../libexec/kapsel").join(name));
         }
     }

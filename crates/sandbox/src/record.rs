@@ -98,6 +98,9 @@ pub struct Exit {
 pub struct MachineInfo {
     /// `kvm` or `tcg`.
     pub accelerator: String,
+    /// `kapsel-vmm`, `qemu-kvm` or `tcg`.
+    #[serde(default)]
+    pub isolation: String,
     /// The guest kernel's release.
     pub kernel: String,
     /// Virtual CPUs.

@@ -85,8 +85,9 @@ impl Error {
 /// What kind of machine a template holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
-    /// `kvm` or `tcg`.
-    pub accelerator: String,
+    /// `kapsel-vmm`, `qemu-kvm` or `tcg`.
+    #[serde(alias = "accelerator")]
+    pub isolation: String,
     /// The guest kernel's release.
     pub kernel: String,
     /// Virtual CPUs.
@@ -327,8 +328,8 @@ impl Shape {
             _ => false,
         };
         container
-            && (&self.accelerator, self.vcpus, self.memory_mib, self.scratch)
-                == (&other.accelerator, other.vcpus, other.memory_mib, other.scratch)
+            && (&self.isolation, self.vcpus, self.memory_mib, self.scratch)
+                == (&other.isolation, other.vcpus, other.memory_mib, other.scratch)
     }
 }
 

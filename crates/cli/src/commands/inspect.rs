@@ -75,6 +75,8 @@ struct Pids {
 
 #[derive(Serialize)]
 struct Isolation {
+    /// `kapsel-vmm`, `qemu-kvm` or `tcg`.
+    kind: String,
     /// `kvm` or `tcg`.
     accelerator: String,
     /// Why that.
@@ -167,6 +169,7 @@ fn exited(exit: &Exit) -> Exited {
 
 fn isolation(machine: &MachineInfo) -> Isolation {
     Isolation {
+        kind: machine.isolation.clone(),
         accelerator: machine.accelerator.clone(),
         reason: machine.reason.clone(),
         template: machine.template,

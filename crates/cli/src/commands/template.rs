@@ -18,8 +18,8 @@ use crate::output::{self, size, time};
 struct Listed {
     /// Of what it depends on: kernel, agent, monitor, shape.
     key: String,
-    /// `kvm` or `tcg`.
-    accelerator: String,
+    /// `kapsel-vmm`, `qemu-kvm` or `tcg`.
+    isolation: String,
     /// Release of the guest's kernel.
     kernel: String,
     vcpus: u32,
@@ -40,7 +40,7 @@ impl From<Template> for Listed {
         let Template { meta, disk_usage, .. } = template;
         Listed {
             key: meta.key,
-            accelerator: meta.shape.accelerator,
+            isolation: meta.shape.isolation,
             kernel: meta.shape.kernel,
             vcpus: meta.shape.vcpus,
             memory: meta.shape.memory_mib << 20,
@@ -78,7 +78,7 @@ fn list(host: &Host, json: bool) -> Outcome {
     for template in listed {
         table.row([
             template.key.chars().take(12).collect(),
-            template.accelerator,
+            template.isolation,
             template.vcpus.to_string(),
             size::bytes(template.memory),
             template.kernel,

@@ -183,8 +183,12 @@ pub enum PullPolicy {
 pub enum Isolation {
     /// The strongest that works well here
     Auto,
-    /// Hardware virtualisation
+    /// Hardware virtualisation, by kapsel-vmm where it can do what is asked for
     Kvm,
+    /// Hardware virtualisation by kapsel-vmm
+    KapselVmm,
+    /// Hardware virtualisation by QEMU
+    QemuKvm,
     /// QEMU's emulation, held by its jail; QEMU itself does not call it a security boundary
     Tcg,
 }
@@ -194,6 +198,8 @@ impl From<Isolation> for config::Isolation {
         match isolation {
             Isolation::Auto => Self::Auto,
             Isolation::Kvm => Self::Kvm,
+            Isolation::KapselVmm => Self::KapselVmm,
+            Isolation::QemuKvm => Self::QemuKvm,
             Isolation::Tcg => Self::Tcg,
         }
     }

@@ -40,7 +40,7 @@ macro_rules! keys {
 
 keys! {
     Isolation "isolation" = "auto", |v| v.parse::<Isolation>().map(drop),
-        "which machine runs a sandbox: auto, kvm or tcg";
+        "which machine runs a sandbox: auto, kvm, kapsel-vmm, qemu-kvm or tcg";
     Memory "memory" = "256M", memory, "memory of a sandbox when --memory does not say";
     Cpus "cpus" = "1", |v| number(v, 1, 64), "virtual CPUs of a sandbox when --cpus does not say";
     Kernel "kernel" = "", any, "path of a guest kernel (vmlinux); empty: Debian's cloud kernel";

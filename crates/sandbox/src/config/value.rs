@@ -9,13 +9,17 @@ pub(crate) const MIN_MEMORY: u64 = 96 << 20;
 
 /// Which kind of machine holds a sandbox.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Isolation {
     /// The strongest that works well here.
     #[default]
     Auto,
-    /// Hardware virtualisation, or an error.
+    /// Hardware virtualisation, or an error: by kapsel-vmm, or by QEMU where that cannot do what is needed.
     Kvm,
+    /// Hardware virtualisation by kapsel-vmm, or an error.
+    KapselVmm,
+    /// Hardware virtualisation by QEMU, or an error.
+    QemuKvm,
     /// QEMU's emulation.
     Tcg,
 }
@@ -27,8 +31,10 @@ impl FromStr for Isolation {
         match s {
             "auto" => Ok(Self::Auto),
             "kvm" => Ok(Self::Kvm),
+            "kapsel-vmm" => Ok(Self::KapselVmm),
+            "qemu-kvm" => Ok(Self::QemuKvm),
             "tcg" => Ok(Self::Tcg),
-            _ => Err("expected one of auto, kvm, tcg".into()),
+            _ => Err("expected one of auto, kvm, kapsel-vmm, qemu-kvm, tcg".into()),
         }
     }
 }
@@ -38,6 +44,8 @@ impl fmt::Display for Isolation {
         f.write_str(match self {
             Self::Auto => "auto",
             Self::Kvm => "kvm",
+            Self::KapselVmm => "kapsel-vmm",
+            Self::QemuKvm => "qemu-kvm",
             Self::Tcg => "tcg",
         })
     }

@@ -17,7 +17,13 @@ use super::{
     guest_spec::{ROOTFS_DISK, SCRATCH_DISK},
     resources::check_memory,
 };
-use crate::{annotations::Wishes, config::Config, host, paths::Paths, programs};
+use crate::{
+    annotations::Wishes,
+    config::{Config, Isolation},
+    host::{self, Needs},
+    paths::Paths,
+    programs,
+};
 
 /// The capacity in bytes of every disk: one shape for all sandboxes, so that one template serves them all.
 pub const DISK_CAPACITY: u64 = 64 << 30;
@@ -26,6 +32,8 @@ pub const DISK_CAPACITY: u64 = 64 << 30;
 pub struct Blueprint {
     /// What builds it.
     pub monitor: Arc<dyn Monitor>,
+    /// What to ask for to get the same kind of machine again.
+    pub isolation: Isolation,
     /// Why this one.
     pub reason: String,
     /// What it shall be.
@@ -46,6 +54,10 @@ pub struct Occupant<'a> {
     pub rootfs: Option<PathBuf>,
     /// The scratch disk.
     pub scratch: Option<PathBuf>,
+    /// Whether it shares directories of the host.
+    pub shares: bool,
+    /// Whether it has a network.
+    pub network: bool,
     /// Its cgroup.
     pub cgroup: Option<kapsel_jail::Cgroup>,
 }
@@ -70,14 +82,17 @@ pub fn draw(
     let memory_mib = u32::try_from(memory.div_ceil(1 << 20)).map_err(|_| {
         Error::Resources("that much memory no machine has; ask for less with --memory".into())
     })?;
-    let choice = host::choose(paths, config, wishes.isolation.unwrap_or_else(|| config.isolation()))
-        .map_err(|e| Error::Missing(e.to_string()))?;
+    let vcpus = wishes.cpus.unwrap_or_else(|| config.cpus());
+    let wanted = wishes.isolation.unwrap_or_else(|| config.isolation());
+    let (shares, network) = (occupant.shares, occupant.network);
+    let needs = Needs { shares, network, vcpus, memory_mib };
+    let choice = host::choose(paths, config, wanted, &needs).map_err(|e| Error::Missing(e.to_string()))?;
     let kernel = Kernel::ensure(paths.data(), &kernel_source(config), &mut |_| ())
         .map_err(|e| Error::Missing(e.to_string()))?;
     let agent = programs::find(programs::AGENT, config).map_err(|e| Error::Missing(e.to_string()))?;
     let initramfs =
         Initramfs::build(paths.data(), &agent, &kernel).map_err(|e| Error::Missing(e.to_string()))?;
-    for file in [&kernel.vmlinux, &initramfs] {
+    for file in [&kernel.vmlinux, &initramfs].into_iter().chain(&occupant.rootfs) {
         readable(file)
             .map_err(|e| Error::Missing(format!("cannot let the monitor read {}: {e}", file.display())))?;
     }
@@ -99,7 +114,7 @@ pub fn draw(
         kernel: kernel.vmlinux,
         initramfs,
         cmdline: config.kernel_args().into(),
-        vcpus: wishes.cpus.unwrap_or_else(|| config.cpus()),
+        vcpus,
         memory_mib,
         disks,
         shares: Vec::new(),
@@ -110,7 +125,8 @@ pub fn draw(
         memory_dir: None,
         jail: JailOptions { identity, cgroup: occupant.cgroup },
     };
-    Ok(Blueprint { monitor: choice.monitor, reason: choice.reason, spec, release: kernel.release })
+    let (monitor, isolation, reason) = (choice.monitor, choice.isolation, choice.reason);
+    Ok(Blueprint { monitor, isolation, reason, spec, release: kernel.release })
 }
 
 impl Blueprint {

@@ -16,6 +16,7 @@ use super::{
     size,
 };
 use crate::{
+    annotations::Wishes,
     client::RootfsMount,
     logs::Writer,
     network::Network,
@@ -115,7 +116,7 @@ impl Sandbox {
         let scratch = storage.map(|size| Scratch::make(&self.paths, name, size)).transpose()?;
         let log = self.output_log(&plan)?;
         let prepared = Prepared::of(&guest_spec, disk.as_ref(), scratch.is_some());
-        let mut blueprint = self.draw(disk, &scratch)?;
+        let mut blueprint = self.draw(disk, &scratch, !guest_spec.shares.is_empty())?;
         drop(phase);
 
         // 2. File servers, so that the machine finds them.
@@ -181,6 +182,7 @@ impl Sandbox {
         self.note(|record| {
             record.machine = Some(MachineInfo {
                 accelerator: blueprint.accelerator().into(),
+                isolation: blueprint.isolation.to_string(),
                 kernel: release,
                 vcpus: blueprint.spec.vcpus,
                 memory: u64::from(blueprint.spec.memory_mib) << 20,
@@ -199,9 +201,14 @@ impl Sandbox {
         Ok(pid)
     }
 
-    /// Makes the connection to the network that the sandbox shall have.
+    /// The network that the sandbox shall have.
+    fn network(&self) -> Network {
+        self.wishes.network.clone().unwrap_or_else(|| Network::of(&self.spec))
+    }
+
+    /// Connects it.
     async fn connect(&self, shares: usize) -> Result<Plugs, Error> {
-        let network = self.wishes.network.clone().unwrap_or_else(|| Network::of(&self.spec));
+        let network = self.network();
         if network == Network::None {
             return Ok(Plugs::default());
         }
@@ -211,7 +218,12 @@ impl Sandbox {
         Ok(plugs)
     }
 
-    fn draw(&self, rootfs: Option<PathBuf>, scratch: &Option<Scratch>) -> Result<Blueprint, Error> {
+    fn draw(
+        &self,
+        rootfs: Option<PathBuf>,
+        scratch: &Option<Scratch>,
+        shares: bool,
+    ) -> Result<Blueprint, Error> {
         let dir = self.bundle.machine_dir();
         crate::paths::private_dir(&dir).map_err(|e| Error::Resources(e.to_string()))?;
         let occupant = Occupant {
@@ -220,6 +232,8 @@ impl Sandbox {
             console: Some(self.bundle.console_log()),
             rootfs,
             scratch: scratch.as_ref().map(|scratch| scratch.path.clone()),
+            shares,
+            network: self.network() != Network::None,
             cgroup: None,
         };
         blueprint::draw(&self.paths, &self.config, &self.wishes, occupant)
@@ -312,7 +326,9 @@ impl Sandbox {
             && let Ok(empty) = template::key(blueprint)
         {
             let key = prepared.map_or_else(|| empty.clone(), |prepared| prepared.key(&empty));
-            template::build_in_background(&self.paths, &self.config, &self.wishes, &key, prepared);
+            // For machines of this kind, even where another would be chosen for an empty one.
+            let wishes = Wishes { isolation: Some(blueprint.isolation), ..self.wishes.clone() };
+            template::build_in_background(&self.paths, &self.config, &wishes, &key, prepared);
         }
     }
 

@@ -177,6 +177,8 @@ fn draw(
         console: None,
         rootfs,
         scratch: wishes.storage.map(|_| scratch_placeholder(paths)).transpose()?,
+        shares: false,
+        network: false,
         cgroup: None,
     };
     blueprint::draw(paths, config, wishes, occupant).map_err(Error::machine)
@@ -221,7 +223,7 @@ async fn save(
         version: VERSION,
         key: key.into(),
         shape: Shape {
-            accelerator: blueprint.accelerator().into(),
+            isolation: blueprint.isolation.to_string(),
             kernel: blueprint.release.clone(),
             vcpus: blueprint.spec.vcpus,
             memory_mib: blueprint.spec.memory_mib.into(),

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use kapsel_guest::{Kernel, KernelSource};
-use kapsel_machine::{Accel, Probe};
-use kapsel_sandbox::host::choose;
+use kapsel_machine::{Accel, Monitor, Qemu, probe};
+use kapsel_sandbox::host::{Needs, choose};
 use kapsel_sandbox::programs;
 
 use super::Check;
@@ -13,6 +13,10 @@ use crate::output::size;
 
 /// Less free space than this will not hold an image and a template.
 const LITTLE_SPACE: u64 = 1 << 30;
+
+/// What to do where KVM does not help.
+const NO_KVM: &str =
+    "use a machine whose processor virtualises for it: bare metal, or a virtual machine with nested KVM";
 
 /// The guest's kernel in the cache; nothing is fetched here.
 pub fn kernel(host: &Host) -> (Check, Option<String>) {
@@ -40,7 +44,7 @@ fn has_kernel(cache: &Path) -> bool {
 
 /// Which isolation can be had.
 pub struct Choice {
-    /// `kvm` or `tcg`; `None` when there is no monitor.
+    /// `kapsel-vmm`, `qemu-kvm` or `tcg`; `None` when there is no monitor.
     pub isolation: Option<String>,
     /// Why.
     pub reason: String,
@@ -48,35 +52,36 @@ pub struct Choice {
     pub checks: Vec<Check>,
 }
 
-/// Measures KVM, looks at QEMU, and lets the library choose, as it does for each sandbox.
+/// Measures KVM, looks at the monitors, and lets the library choose, as it does for each sandbox.
 pub fn choice(host: &Host) -> Choice {
-    let chosen = match choose(&host.paths, &host.config, host.config.isolation()) {
+    let chosen = match choose(&host.paths, &host.config, host.config.isolation(), &Needs::default()) {
         Ok(chosen) => chosen,
         Err(error) => {
             let text = error.to_string();
             let (reason, hint) = text.split_once("; ").unwrap_or((&text, "apt-get install qemu-system-x86"));
-            let check = Check::fail("monitor", reason, hint);
-            return Choice { isolation: None, reason: reason.to_owned(), checks: vec![check] };
+            let verdict = probe::kvm(host.paths.state());
+            let kvm = match verdict.usable() {
+                true => Check::ok("kvm", verdict.reason()),
+                false => Check::warn("kvm", verdict.reason(), NO_KVM),
+            };
+            let checks = vec![kvm, Check::fail("monitor", reason, hint)];
+            return Choice { isolation: None, reason: reason.to_owned(), checks };
         }
     };
-    let monitor = monitor(&chosen.monitor.probe());
+    let monitor = monitor(&*chosen.monitor);
+    let isolation = Some(chosen.isolation.to_string());
     let reason = chosen.reason;
     match chosen.accel {
-        Accel::Kvm => Choice {
-            isolation: Some("kvm".into()),
-            checks: vec![Check::ok("kvm", reason.clone()), monitor],
-            reason,
-        },
+        Accel::Kvm => {
+            let mut checks = vec![Check::ok("kvm", reason.clone()), monitor];
+            if !chosen.monitor.capabilities().shares {
+                checks.push(shares(host, chosen.monitor.name()));
+            }
+            Choice { isolation, checks, reason }
+        }
         Accel::Tcg => Choice {
-            isolation: Some("tcg".into()),
-            checks: vec![
-                Check::warn(
-                    "kvm",
-                    reason.clone(),
-                    "use a machine whose processor virtualises for it: bare metal, or a virtual machine with nested KVM",
-                ),
-                monitor,
-            ],
+            isolation,
+            checks: vec![Check::warn("kvm", reason.clone(), NO_KVM), monitor],
             reason: format!(
                 "{reason}. QEMU emulates (TCG); QEMU does not call that a security boundary: what holds is the jail \
                  around it."
@@ -85,14 +90,30 @@ pub fn choice(host: &Host) -> Choice {
     }
 }
 
-fn monitor(probe: &Probe) -> Check {
+fn monitor(monitor: &dyn Monitor) -> Check {
+    let (name, probe) = (monitor.name(), monitor.probe());
     let path = probe.path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
     match probe.problems.first() {
-        None => Check::ok("monitor", format!("QEMU {} ({path})", probe.version.as_deref().unwrap_or("?"))),
+        None => Check::ok("monitor", format!("{name} {} ({path})", probe.version.as_deref().unwrap_or("?"))),
         Some(problem) => {
             let (detail, hint) =
-                problem.split_once("; ").unwrap_or((problem, "install another version of QEMU"));
+                problem.split_once("; ").unwrap_or((problem, "install another version of the monitor"));
             Check::fail("monitor", detail, hint)
+        }
+    }
+}
+
+/// What runs sandboxes that share directories, where the monitor of the others cannot.
+fn shares(host: &Host, monitor: &str) -> Check {
+    match Qemu::find(host.config.qemu().as_deref()) {
+        Ok(qemu) => {
+            let path = qemu.program().display();
+            Check::ok("shares", format!("by QEMU ({path}), since {monitor} cannot share any yet"))
+        }
+        Err(error) => {
+            let text = error.to_string();
+            let (detail, hint) = text.split_once("; ").unwrap_or((&text, "apt-get install qemu-system-x86"));
+            Check::warn("shares", format!("{detail}, which sandboxes with -v need"), hint)
         }
     }
 }

@@ -56,7 +56,7 @@ impl Check {
 struct Report {
     /// The worst of all checks.
     state: State,
-    /// `kvm` or `tcg`; null when nothing works.
+    /// `kapsel-vmm`, `qemu-kvm` or `tcg`; null when nothing works.
     isolation: Option<String>,
     /// Why that one.
     reason: String,
