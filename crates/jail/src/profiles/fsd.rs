@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::caps::{Cap, CapSet};
 use crate::error::{Error, Result};
@@ -10,11 +10,12 @@ use crate::filters;
 use crate::identity::Identity;
 use crate::jail::{Access, Jail, Resource};
 
-/// A host directory or file to share with a guest.
+/// A host directory, or files, to share with a guest.
 #[derive(Debug, Clone, Copy)]
 pub struct Share<'a> {
-    /// The directory; or a file, which the guest then finds under its name in a directory that holds nothing else.
-    pub source: &'a Path,
+    /// One directory; or files, which the guest then finds by their places in this list (`0`, `1`, …) in a directory that
+    /// holds nothing else.
+    pub sources: &'a [PathBuf],
     /// Whether the guest may only read. Enforced by the mount in the jail and by the file server.
     pub read_only: bool,
     /// The virtio-fs tag to report, for monitors that ask for it (QEMU has it as a device property).
@@ -47,13 +48,6 @@ const SOCKET: i32 = 3;
 /// # Errors
 /// When the program, or the shared file or directory, cannot be used.
 pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Result<Jail> {
-    let failed = |source| Error::Prepare {
-        name: "kapsel-fsd".to_owned(),
-        action: "share",
-        subject: share.source.display().to_string(),
-        source,
-    };
-    let meta = share.source.metadata().map_err(failed)?;
     let access = if share.read_only { Access::Read } else { Access::Write };
     let mut jail = Jail::new("kapsel-fsd")
         .program_with_libraries(program)?
@@ -64,17 +58,7 @@ pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Resul
         .seccomp(filters::fsd()?)
         // The server applies the guest's own mask.
         .umask(0);
-    jail = if meta.is_dir() {
-        jail.bind(share.source, "/share", access, true)
-    } else if meta.is_file() {
-        let name = share.source.file_name().unwrap_or_default();
-        jail.directory("/share").bind(share.source, Path::new("/share").join(name), access, true)
-    } else {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "it is neither a directory nor a regular file",
-        )));
-    };
+    jail = bind_sources(jail, share.sources, access)?;
     if share.read_only {
         jail = jail.arg("--read-only");
     }
@@ -86,6 +70,29 @@ pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Resul
         (true, false) => jail.identity(Identity::Ids { uid: 0, gid: 0 }).capabilities(WRITE_CAPS),
         (false, _) => jail.arg("--map-owner"),
     })
+}
+
+fn bind_sources(mut jail: Jail, sources: &[PathBuf], access: Access) -> Result<Jail> {
+    let failed = |path: &Path, source| Error::Prepare {
+        name: "kapsel-fsd".to_owned(),
+        action: "share",
+        subject: path.display().to_string(),
+        source,
+    };
+    if let [directory] = sources
+        && directory.metadata().map_err(|error| failed(directory, error))?.is_dir()
+    {
+        return Ok(jail.bind(directory, "/share", access, true));
+    }
+    jail = jail.directory("/share");
+    for (place, file) in sources.iter().enumerate() {
+        if !file.metadata().map_err(|error| failed(file, error))?.is_file() {
+            let what = "it is neither a directory of its own nor a regular file";
+            return Err(failed(file, io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
+        jail = jail.bind(file, Path::new("/share").join(place.to_string()), access, true);
+    }
+    Ok(jail)
 }
 
 #[cfg(test)]
@@ -129,11 +136,14 @@ mod tests {
 
     #[test]
     fn only_files_and_directories_can_be_shared() {
-        let share = |source| Share { source, read_only: true, tag: None };
-        for source in ["/dev/null", "/nowhere"] {
+        for (sources, refused) in
+            [(&["/dev/null"][..], "/dev/null"), (&["/nowhere"], "/nowhere"), (&["/bin/true", "/usr"], "/usr")]
+        {
+            let sources: Vec<PathBuf> = sources.iter().map(PathBuf::from).collect();
             let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
-            let jail = fsd(Path::new("/bin/true"), share(Path::new(source)), socket.into(), "id");
-            assert!(jail.unwrap_err().to_string().contains(source));
+            let share = Share { sources: &sources, read_only: true, tag: None };
+            let jail = fsd(Path::new("/bin/true"), share, socket.into(), "id");
+            assert!(jail.unwrap_err().to_string().contains(refused));
         }
     }
 }

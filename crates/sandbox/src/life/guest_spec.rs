@@ -39,17 +39,34 @@ pub enum Error {
 /// The most directories that one sandbox shares: each takes a process and a device.
 pub const MAX_SHARES: usize = 16;
 
-/// A directory or a single file of the host that the guest mounts by its tag.
+/// A directory of the host that the guest mounts by its tag; or files, as one directory: each share takes a process on the host, and
+/// a device that the guest must find.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedPath {
     /// `share0`, `share1`, …
     pub tag: String,
-    /// On the host.
-    pub source: PathBuf,
+    /// On the host: the directory, or the files, which appear by their places in this list.
+    pub sources: Vec<PathBuf>,
     /// The host refuses writes.
     pub read_only: bool,
-    /// A file: it appears by its name in the share's root.
-    pub file: bool,
+    /// Whether it is files.
+    pub files: bool,
+}
+
+impl SharedPath {
+    /// A file's place, which it gets if it has none yet.
+    fn place(&mut self, file: &Path) -> usize {
+        let found = self.sources.iter().position(|source| source == file);
+        found.unwrap_or_else(|| {
+            self.sources.push(file.into());
+            self.sources.len() - 1
+        })
+    }
+
+    /// For messages.
+    pub fn shown(&self) -> String {
+        self.sources.iter().map(|source| source.display().to_string()).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Where the container's root comes from.
@@ -141,29 +158,28 @@ impl GuestSpec {
 
     /// The path in the guest of a host's path, sharing it unless the same is shared already.
     fn share(&mut self, source: &Path, read_only: bool, file: bool, base: &Path) -> PathBuf {
-        let same = |share: &&SharedPath| share.source == source && share.read_only == read_only;
-        let found = self.shares.iter().find(same).and_then(|share| {
-            let source = format!("fs:{}", share.tag);
-            self.storages.iter().find(|storage| storage.source == source)
-        });
-        let at = match found {
-            Some(storage) => PathBuf::from(&storage.mount_point),
-            None => {
-                let at = base.join(format!("share{}", self.shares.len()));
-                self.share_at(source, read_only, file, at)
-            }
+        let fits = |share: &SharedPath| {
+            share.read_only == read_only && share.files == file && (file || share.sources == [source])
         };
-        match source.file_name() {
-            Some(name) if file => at.join(name),
+        let found = self.shares.iter().position(fits);
+        let n = found.unwrap_or(self.shares.len());
+        let tagged = format!("fs:share{n}");
+        // Where the root is shared its directory is the share's mount point.
+        let at = match self.storages.iter().find(|storage| storage.source == tagged) {
+            Some(storage) => PathBuf::from(&storage.mount_point),
+            None => self.share_at(source, read_only, file, base.join(format!("share{n}"))),
+        };
+        match self.shares.get_mut(n) {
+            Some(share) if file => at.join(share.place(source).to_string()),
             _ => at,
         }
     }
 
-    fn share_at(&mut self, source: &Path, read_only: bool, file: bool, at: PathBuf) -> PathBuf {
+    fn share_at(&mut self, source: &Path, read_only: bool, files: bool, at: PathBuf) -> PathBuf {
         let tag = format!("share{}", self.shares.len());
         let options: &[&str] = if read_only { &["ro"] } else { &[] };
         self.storages.push(storage(&format!("fs:{tag}"), "virtiofs", options, &at));
-        self.shares.push(SharedPath { tag, source: source.into(), read_only, file });
+        self.shares.push(SharedPath { tag, sources: vec![source.into()], read_only, files });
         at
     }
 }
@@ -272,7 +288,7 @@ mod tests {
         let shares = guest
             .shares
             .iter()
-            .map(|s| format!("{} = {} ro={} file={}", s.tag, s.source.display(), s.read_only, s.file));
+            .map(|s| format!("{} = {} ro={} files={}", s.tag, s.shown(), s.read_only, s.files));
         let binds =
             guest.spec.mounts().iter().flatten().filter(|m| m.typ().as_deref() == Some("bind")).map(|m| {
                 format!("bind {} on {}", m.source().clone().unwrap().display(), m.destination().display())
@@ -298,8 +314,15 @@ mod tests {
 
     #[test]
     fn one_share_for_each_distinct_source_and_right() {
-        let volumes =
-            [("/usr", "/a", true), ("/usr", "/b", true), ("/usr", "/c", false), ("/etc/hosts", "/h", false)];
+        let volumes = [
+            ("/usr", "/a", true),
+            ("/usr", "/b", true),
+            ("/usr", "/c", false),
+            ("/etc/hosts", "/h", false),
+            ("/etc/hostname", "/i", false),
+            ("/etc/hosts", "/j", false),
+            ("/etc/hosts", "/k", true),
+        ];
         let guest =
             translate(&spec(&volumes), "c1", &Rootfs::Below("/".into()), true, |p| p.is_file()).unwrap();
         assert_eq!(
@@ -311,14 +334,19 @@ mod tests {
                 "fs:share1 virtiofs ro /run/kapsel/c1/share1",
                 "fs:share2 virtiofs  /run/kapsel/c1/share2",
                 "fs:share3 virtiofs  /run/kapsel/c1/share3",
-                "share0 = / ro=true file=false",
-                "share1 = /usr ro=true file=false",
-                "share2 = /usr ro=false file=false",
-                "share3 = /etc/hosts ro=false file=true",
+                "fs:share4 virtiofs ro /run/kapsel/c1/share4",
+                "share0 = / ro=true files=false",
+                "share1 = /usr ro=true files=false",
+                "share2 = /usr ro=false files=false",
+                "share3 = /etc/hosts, /etc/hostname ro=false files=true",
+                "share4 = /etc/hosts ro=true files=true",
                 "bind /run/kapsel/c1/share1 on /a",
                 "bind /run/kapsel/c1/share1 on /b",
                 "bind /run/kapsel/c1/share2 on /c",
-                "bind /run/kapsel/c1/share3/hosts on /h",
+                "bind /run/kapsel/c1/share3/0 on /h",
+                "bind /run/kapsel/c1/share3/1 on /i",
+                "bind /run/kapsel/c1/share3/0 on /j",
+                "bind /run/kapsel/c1/share4/0 on /k",
             ]
         );
     }
@@ -328,7 +356,7 @@ mod tests {
         let guest = translate(&spec(&[]), "c1", &Rootfs::Directory("/srv".into()), false, |_| false).unwrap();
         assert_eq!(
             describe(&guest),
-            ["fs:share0 virtiofs  /run/kapsel/c1/rootfs", "share0 = /srv ro=false file=false"]
+            ["fs:share0 virtiofs  /run/kapsel/c1/rootfs", "share0 = /srv ro=false files=false"]
         );
     }
 

@@ -1,4 +1,4 @@
-//! Directories of the host in the guest: one jailed `kapsel-fsd` for each.
+//! Directories and files of the host in the guest: one jailed `kapsel-fsd` for each directory, and one for files of each kind.
 
 use std::{
     fs::File,
@@ -29,7 +29,7 @@ pub struct Servers {
 
 #[derive(Debug)]
 struct Server {
-    source: std::path::PathBuf,
+    source: String,
     child: kapsel_jail::Child,
 }
 
@@ -53,7 +53,7 @@ impl Servers {
         let program = programs::find(programs::FSD, config).map_err(|e| Error::Missing(e.to_string()))?;
         for path in wanted {
             let (child, connection) = serve(&program, path, bundle, id, cgroup)?;
-            servers.servers.push(Server { source: path.source.clone(), child });
+            servers.servers.push(Server { source: path.shown(), child });
             shares.push(Share { tag: path.tag.clone(), socket: Arc::new(connection) });
         }
         Ok((servers, shares))
@@ -68,7 +68,7 @@ impl Servers {
     ///
     /// # Errors
     /// When descriptors run out.
-    pub fn watches(&self) -> std::io::Result<Vec<(std::path::PathBuf, OwnedFd)>> {
+    pub fn watches(&self) -> std::io::Result<Vec<(String, OwnedFd)>> {
         self.servers
             .iter()
             .map(|server| Ok((server.source.clone(), server.child.pidfd().try_clone_to_owned()?)))
@@ -96,17 +96,15 @@ fn serve(
     id: &Id,
     cgroup: Option<&Cgroup>,
 ) -> Result<(kapsel_jail::Child, OwnedFd), Error> {
-    let failed = |reason: String| Error::Helper {
-        what: format!("the file server of {}", path.source.display()),
-        reason,
-    };
+    let failed =
+        |reason: String| Error::Helper { what: format!("the file server of {}", path.shown()), reason };
     // A name is needed for a moment only: to be connected to.
     let socket = bundle.machine_dir().join(format!("{}.sock", path.tag));
     let listener = UnixListener::bind(&socket).map_err(|e| failed(e.to_string()))?;
     let connection = UnixStream::connect(&socket).map_err(|e| failed(e.to_string()));
     let _ = std::fs::remove_file(&socket);
     let connection = connection?;
-    let share = profiles::Share { source: &path.source, read_only: path.read_only, tag: Some(&path.tag) };
+    let share = profiles::Share { sources: &path.sources, read_only: path.read_only, tag: Some(&path.tag) };
     let jail =
         profiles::fsd(program, share, listener.into(), id.as_str()).map_err(|e| failed(e.to_string()))?;
     let jail = match cgroup {

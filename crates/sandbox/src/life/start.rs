@@ -375,7 +375,7 @@ impl Sandbox {
             tokio::spawn(async move {
                 shares::ended(pidfd).await;
                 if let Some(sandbox) = sandbox.upgrade() {
-                    let reason = format!("the file server of {} died", source.display());
+                    let reason = format!("the file server of {source} died");
                     sandbox.end(Cause::Broken(reason)).await;
                 }
             });
