@@ -3,6 +3,7 @@
 
 mod machine;
 mod mounts;
+mod program;
 
 use std::{
     collections::HashMap,
@@ -84,6 +85,9 @@ impl Bundle {
         let terminal = process(&mut spec, &mut warnings)?;
         devices(&spec)?;
         mounts::translate(&mut spec, &dir)?;
+        if rootfs.source.is_dir() {
+            program::check(&spec, &rootfs.source)?;
+        }
         let hooks = hooks(&mut spec)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
         let wishes = machine::wishes(&spec, &hardware, &annotations, config)?;
@@ -283,3 +287,6 @@ fn hooks(spec: &mut Spec) -> anyhow::Result<Hooks> {
     }
     Ok(hooks)
 }
+
+#[cfg(test)]
+mod tests;

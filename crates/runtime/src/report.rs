@@ -54,8 +54,8 @@ fn line(format: LogFormat, level: &str, message: &str, at: SystemTime) -> String
             let time = time.to_string();
             format!("{}\n", serde_json::json!({ "level": level, "msg": message, "time": time }))
         }
-        // A Rust string's escapes are those that logrus' reader undoes.
-        LogFormat::Text => format!("time=\"{time}\" level={level} msg={message:?}\n"),
+        // A string of JSON is one of Go's too.
+        LogFormat::Text => format!("time=\"{time}\" level={level} msg={}\n", serde_json::json!(message)),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::bail;
-use kapsel_sandbox::paths::Id;
+use kapsel_sandbox::{paths::Id, removal};
 
 use super::{Call, wait, write_pid};
 use crate::{
@@ -33,20 +33,20 @@ impl Call<'_> {
     /// Makes a container whose program waits for `start`.
     fn make(&self, flags: &args::Create, foreground: Foreground) -> anyhow::Result<(StandIn, Bundle)> {
         no_descriptors(flags.preserve_fds)?;
+        let claim = self.containers.claim(&flags.id)?;
         let bundle = Bundle::read(&flags.bundle, &self.host.config)?;
         bundle.warnings.iter().for_each(|warning| self.report.warn(warning));
         check_terminal(bundle.terminal, flags.console_socket.is_some(), foreground)?;
-        let claim = self.containers.claim(&flags.id)?;
         let sandbox = flags.id.parse().unwrap_or_else(|_| Id::random());
-        let order = self.order(&bundle, &flags.id, sandbox);
+        let order = order(&bundle, &flags.id, sandbox.clone());
         let process = bundle.spec.process().as_ref();
         let size = process.and_then(oci_spec::runtime::Process::console_size).map(|size| {
             let clamp = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
             (clamp(size.width()), clamp(size.height()))
         });
         let console = flags.console_socket.as_ref().map(|socket| console::make(socket, size)).transpose()?;
-        let mut stand_in = StandIn::start(&Order::Container(Box::new(order.0)), console)?;
-        let made = self.bring_up(&mut stand_in, &bundle, flags, order.1).and_then(|container| {
+        let mut stand_in = StandIn::start(&Order::Container(Box::new(order)), console)?;
+        let made = self.bring_up(&mut stand_in, &bundle, flags, sandbox.clone()).and_then(|container| {
             if let Some(path) = &flags.pid_file {
                 write_pid(path, container.pid)?;
             }
@@ -56,25 +56,24 @@ impl Call<'_> {
             Ok(()) => Ok((stand_in, bundle)),
             Err(error) => {
                 stand_in.kill();
+                self.discard(&sandbox);
                 Err(error)
             }
         }
     }
 
-    fn order(&self, bundle: &Bundle, id: &str, sandbox: Id) -> (NewContainer, Id) {
-        let labels = BTreeMap::from([
-            ("engine.id".to_owned(), id.to_owned()),
-            ("engine.bundle".to_owned(), bundle.dir.to_string_lossy().into_owned()),
-        ]);
-        let order = NewContainer {
-            sandbox: sandbox.clone(),
-            spec: bundle.spec.clone(),
-            rootfs: bundle.rootfs.clone(),
-            network: bundle.network.clone(),
-            terminal: bundle.terminal,
-            labels,
-        };
-        (order, sandbox)
+    /// Leaves nothing of a sandbox whose container did not come to be.
+    fn discard(&self, sandbox: &Id) {
+        let bundle = self.host.paths.bundle(sandbox);
+        if !bundle.dir().exists() {
+            return;
+        }
+        let removed = self.host.registry().and_then(|registry| {
+            wait(async { Ok(removal::remove(&registry, &bundle, Some(sandbox)).await?) })
+        });
+        if let Err(error) = removed {
+            self.report.warn(&format!("something of the sandbox is left: {error:#}"));
+        }
     }
 
     /// Hooks see the stand-in and its namespaces before the sandbox starts: what they make of the network is there for it.
@@ -134,6 +133,22 @@ impl Call<'_> {
             self.remove(&self.containers.get(id)?)?;
         }
         Ok(code)
+    }
+}
+
+/// What the stand-in is told.
+fn order(bundle: &Bundle, id: &str, sandbox: Id) -> NewContainer {
+    let labels = BTreeMap::from([
+        ("engine.id".to_owned(), id.to_owned()),
+        ("engine.bundle".to_owned(), bundle.dir.to_string_lossy().into_owned()),
+    ]);
+    NewContainer {
+        sandbox,
+        spec: bundle.spec.clone(),
+        rootfs: bundle.rootfs.clone(),
+        network: bundle.network.clone(),
+        terminal: bundle.terminal,
+        labels,
     }
 }
 
