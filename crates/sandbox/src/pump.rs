@@ -1,7 +1,7 @@
 //! Moves bytes between two file descriptors: any bytes, any amount, at the speed of the slower side.
 //!
-//! splice(2) moves them inside the kernel where one side is a pipe; elsewhere a buffer is used. Both block, so each
-//! pump has a thread of its own and memory does not grow with the amount.
+//! splice(2) moves them inside the kernel where one side is a pipe; elsewhere a buffer is used. A pump waits for either side, so
+//! it has a thread of its own, and memory does not grow with the amount.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,7 +54,7 @@ fn run(
         match step(from, to) {
             Ok(0) => return Ok(End::Eof),
             Ok(_) | Err(Errno::INTR) => {}
-            // Somebody shares the descriptor and made it non-blocking: wait for whichever side it was.
+            // Nothing to read or no room to write, on whichever side.
             Err(Errno::AGAIN) => {
                 wait(from, PollFlags::IN)?;
                 wait(to, PollFlags::OUT)?;
@@ -68,7 +68,8 @@ fn run(
 }
 
 fn splice_some(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<usize, Errno> {
-    rustix::pipe::splice(from, None, to, None, CHUNK, SpliceFlags::MOVE)
+    // A splice that waits for input holds the lock of the pipe that it writes to: what is in there could not be read meanwhile.
+    rustix::pipe::splice(from, None, to, None, CHUNK, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
 }
 
 /// Writes all bytes, also to a descriptor that somebody made non-blocking.
@@ -164,6 +165,26 @@ mod tests {
         let (pipe_drain, pipe_out) = std::io::pipe().unwrap();
         rustix::fs::fcntl_setfl(&pipe_out, rustix::fs::OFlags::NONBLOCK).unwrap();
         through(socket_in, socket_feed, pipe_out, pipe_drain);
+    }
+
+    #[test]
+    fn what_has_come_can_be_read_while_more_is_waited_for() {
+        let (input, mut feed) = UnixStream::pair().unwrap();
+        let (mut drain, output) = std::io::pipe().unwrap();
+        let pump = std::thread::spawn(move || pump(&input, &output, &AtomicBool::new(false)));
+        feed.write_all(b"x").unwrap();
+        // Until it has moved that and waits for more.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let (sender, read) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut byte = [0];
+            drain.read_exact(&mut byte).unwrap();
+            sender.send((byte, drain)).unwrap();
+        });
+        let read = read.recv_timeout(std::time::Duration::from_secs(10));
+        drop(feed);
+        assert_eq!(read.expect("the reader waits for the pump").0, *b"x");
+        assert_eq!(pump.join().unwrap(), Ok(End::Eof));
     }
 
     #[test]
