@@ -1,12 +1,16 @@
 //! A network namespace that is taken as it is found. The namespaces are the test's own, and nothing leaves them.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::world::{World, eventually, kill, world};
+use crate::world::{PATIENCE, World, eventually, kill, world};
 
 /// Two namespaces with a veth pair between them: a sandbox gets the near one, the far one is the world.
 struct Wire {
@@ -39,6 +43,8 @@ impl Wire {
         ] {
             ip(&command);
         }
+        // The kernel makes sure that its link-local address is nobody else's.
+        eventually("the link has settled", || !ip(&format!("-n {near} addr")).contains("tentative"));
         wire
     }
 
@@ -57,11 +63,17 @@ impl Wire {
         output(Command::new("tc").args(["-n", &self.near, "qdisc"]))
     }
 
-    /// A command in the far namespace.
-    fn far(&self, command: &[&str]) -> Command {
-        let mut far = Command::new("ip");
-        far.args(["netns", "exec", &self.far]).args(command);
-        far
+    /// Does something in the far namespace, by a thread that ends there.
+    fn far<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(format!("/run/netns/{}", self.far)).expect("a namespace");
+        std::thread::scope(|scope| {
+            let entered = scope.spawn(|| {
+                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("entered");
+                work()
+            });
+            entered.join().expect("a thread")
+        })
     }
 
     fn remove(&self) {
@@ -113,26 +125,36 @@ fn carries_traffic(world: &'static World, wire: &Wire, name: &str) {
     }
     let sent: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
 
-    let mut server = wire.far(&["busybox", "nc", "-l", "-p", "7000"]);
-    let mut server = server.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("it starts");
-    let mut input = server.stdin.take().expect("a pipe");
-    let bytes = sent.clone();
-    let feeding = std::thread::spawn(move || input.write_all(&bytes));
-    eventually("it listens", || output(&mut wire.far(&["busybox", "netstat", "-ltn"])).contains(":7000"));
-    let got = world.run(["exec", name, "nc", "10.9.0.1", "7000"]).stdout;
-    assert!(got == sent, "{} bytes of {} came into the guest whole", got.len(), sent.len());
-    feeding.join().expect("a thread").expect("written");
-    assert!(server.wait().expect("it ends").success());
-
-    let listening = std::thread::scope(|scope| {
-        let listening = scope.spawn(|| world.run_with(["exec", "-i", name, "nc", "-l", "-p", "8000"], &sent));
-        eventually("it listens", || world.run(["exec", name, "netstat", "-ltn"]).text().contains(":8000"));
-        let got = wire.far(&["busybox", "nc", "10.9.0.2", "8000"]).stdin(Stdio::null()).output();
-        let got = got.expect("it starts").stdout;
-        assert!(got == sent, "{} bytes of {} came out of the guest whole", got.len(), sent.len());
-        listening.join().expect("a thread")
+    // The guest's end says at once that it will send nothing, which must not end the other direction.
+    let listener = wire.far(|| TcpListener::bind("10.9.0.1:7000").expect("bound"));
+    listener.set_nonblocking(true).expect("set");
+    let got = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| world.run(["exec", name, "nc", "10.9.0.1", "7000"]));
+        let mut accepted = None;
+        eventually("the guest connects", || {
+            accepted = listener.accept().ok();
+            accepted.is_some()
+        });
+        let (mut stream, _) = accepted.expect("connected");
+        stream.set_nonblocking(false).expect("set");
+        stream.write_all(&sent).expect("written");
+        drop(stream);
+        reading.join().expect("a thread").stdout
     });
-    assert_eq!(listening.code, 0, "{}", listening.stderr);
+    assert!(got == sent, "{} bytes of {} came into the guest whole", got.len(), sent.len());
+
+    let served = std::thread::scope(|scope| {
+        let serving = scope.spawn(|| world.run_with(["exec", "-i", name, "nc", "-l", "-p", "8000"], &sent));
+        eventually("it listens", || world.run(["exec", name, "netstat", "-ltn"]).text().contains(":8000"));
+        let mut stream = wire.far(|| TcpStream::connect("10.9.0.2:8000").expect("connected"));
+        stream.set_read_timeout(Some(PATIENCE)).expect("set");
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).expect("read");
+        assert!(got == sent, "{} bytes of {} came out of the guest whole", got.len(), sent.len());
+        drop(stream);
+        serving.join().expect("a thread")
+    });
+    assert_eq!(served.code, 0, "{}", served.stderr);
 }
 
 #[test]
@@ -143,7 +165,7 @@ fn a_namespace_is_taken_as_it_is_found_and_given_back() {
     let flag = wire.flag();
     for (name, flags) in [("e2e-net-cold", &[&flag[..], "--cold"][..]), ("e2e-net-warm", &[&flag[..]])] {
         let container = world.container(name, flags, &["sleep", "999"]);
-        let warm = world.inspect(name)["machine"]["template"] == true;
+        let warm = world.inspect(name)["isolation"]["template"] == true;
         assert_eq!(warm, name.ends_with("warm"), "{}", world.inspect(name));
         assert!(ip(&format!("-n {} link", wire.near)).contains("kapsel0"));
         sees_the_interface(world, name);
