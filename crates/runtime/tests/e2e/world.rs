@@ -227,8 +227,8 @@ impl Engine {
     /// The last error in the log.
     pub fn logged(&self) -> String {
         let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
-        let errors = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-        let last = errors.filter(|line| line["level"] == "error").last();
+        let mut errors = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        let last = errors.rfind(|line| line["level"] == "error");
         last.map(|line| line["msg"].as_str().unwrap_or_default().to_owned()).unwrap_or_default()
     }
 }
