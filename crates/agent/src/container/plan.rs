@@ -514,7 +514,10 @@ mod tests {
             (r#"{"linux":{"namespaces":[{"type":"mount"},{"type":"user"}]}}"#, "uidMappings"),
             (r#"{"linux":{"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}}"#, "uidMappings"),
             (r#"{"linux":{"sysctl":{"kernel.panic":"1"}}}"#, "kernel.panic"),
-            (r#"{"linux":{"sysctl":{"kernel.shmmax":"1"}}}"#, "kernel.shmmax"),
+            (
+                r#"{"linux":{"namespaces":[{"type":"mount"}],"sysctl":{"kernel.shmmax":"1"}}}"#,
+                "kernel.shmmax",
+            ),
             (r#"{"linux":{"sysctl":{"fs.mqueue.../../../x":"1"}}}"#, "sysctl"),
             (r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_ERRNO"}}}"#, "seccomp"),
             (r#"{"linux":{"personality":{"domain":"LINUX32"}}}"#, "personality"),
