@@ -183,7 +183,8 @@ mod tests {
         });
         let read = read.recv_timeout(std::time::Duration::from_secs(10));
         drop(feed);
-        assert_eq!(read.expect("the reader waits for the pump").0, *b"x");
+        let (byte, _drain) = read.expect("the reader waits for the pump");
+        assert_eq!(byte, *b"x");
         assert_eq!(pump.join().unwrap(), Ok(End::Eof));
     }
 
