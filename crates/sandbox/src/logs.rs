@@ -133,7 +133,7 @@ mod tests {
             writer.append(Stream::Stdout, n, text.as_bytes()).unwrap();
             expected.push_str(&text);
             // A follower that is slower than a whole rotation misses the middle, by design: give it time.
-            std::thread::sleep(std::time::Duration::from_micros(300));
+            std::thread::sleep(std::time::Duration::from_millis(2));
         }
         std::fs::write(&stop, b"").unwrap();
         assert_eq!(follower.join().unwrap(), expected);
