@@ -5,36 +5,20 @@ use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use kapsel_netlink::{CREATE, Message, REPLACE, Socket, attributes, ip, number, octets};
+use kapsel_netlink::{
+    CREATE, Message, NUD_PERMANENT, REPLACE, RTAX_MTU, Socket, attributes, ip, link, number, octets,
+};
 use kapsel_protocol::{api, limits};
+use libc::{
+    IFA_ADDRESS, IFA_BROADCAST, IFA_F_NODAD, IFA_F_NOPREFIXROUTE, IFA_FLAGS, IFA_LOCAL, IFLA_ADDRESS,
+    IFLA_IFNAME, IFLA_MTU, NDA_DST, NDA_LLADDR, RT_SCOPE_LINK, RT_TABLE_MAIN, RTA_DST, RTA_GATEWAY,
+    RTA_METRICS, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
+    RTM_NEWROUTE, RTN_UNICAST, RTPROT_STATIC,
+};
 use rustix::net::{AddressFamily, SocketType};
 
 use crate::error::{Error, Result};
 use crate::storage::probe_slots;
-
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
-const RTM_NEWADDR: u16 = 20;
-const RTM_NEWROUTE: u16 = 24;
-const RTM_NEWNEIGH: u16 = 28;
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFA_ADDRESS: u16 = 1;
-const IFA_LOCAL: u16 = 2;
-const IFA_BROADCAST: u16 = 4;
-const IFA_FLAGS: u16 = 8;
-const IFA_F_NODAD: u32 = 0x02;
-const IFA_F_NOPREFIXROUTE: u32 = 0x200;
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_METRICS: u16 = 8;
-const RTAX_MTU: u16 = 2;
-const NDA_DST: u16 = 1;
-const NDA_LLADDR: u16 = 2;
 
 /// How long a device may take to appear.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
@@ -182,18 +166,8 @@ fn family(address: &[u8]) -> u8 {
     (if address.len() == 4 { libc::AF_INET } else { libc::AF_INET6 }) as u8
 }
 
-/// `struct ifinfomsg`, with flags to set.
-fn link(index: u32, flags: u32) -> [u8; 16] {
-    let mut body = [0; 16];
-    body[4..8].copy_from_slice(&index.to_ne_bytes());
-    body[8..12].copy_from_slice(&flags.to_ne_bytes());
-    body[12..16].copy_from_slice(&flags.to_ne_bytes());
-    body
-}
-
 /// `struct ifaddrmsg`: family, prefix, flags, scope, index.
 fn added(address: &api::Address, index: u32) -> Message {
-    const RT_SCOPE_LINK: u8 = 253;
     let mut body = [family(&address.ip), address.prefix as u8, 0, 0, 0, 0, 0, 0];
     let parsed = ip(&address.ip);
     if parsed.is_some_and(|ip| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())) {
@@ -217,9 +191,6 @@ fn added(address: &api::Address, index: u32) -> Message {
 
 /// `struct rtmsg`: family, lengths of destination and source, tos, table, protocol, scope, type, flags.
 fn through(route: &api::Route, index: u32) -> Message {
-    const RT_TABLE_MAIN: u8 = 254;
-    const RTPROT_STATIC: u8 = 4;
-    const RTN_UNICAST: u8 = 1;
     const RTNH_F_ONLINK: u8 = 4;
     let flags = if route.on_link { RTNH_F_ONLINK } else { 0 };
     let (family, prefix, scope) = (family(&route.destination), route.prefix as u8, route.scope as u8);
@@ -244,11 +215,10 @@ fn through(route: &api::Route, index: u32) -> Message {
 
 /// `struct ndmsg`: family, index, state, flags, type.
 fn written_down(neighbour: &api::Neighbour, index: u32) -> Message {
-    const NUD_PERMANENT: u8 = 0x80;
     let mut body = [0; 12];
     body[0] = family(&neighbour.ip);
     body[4..8].copy_from_slice(&index.to_ne_bytes());
-    body[8] = NUD_PERMANENT;
+    body[8..10].copy_from_slice(&NUD_PERMANENT.to_ne_bytes());
     Message::new(RTM_NEWNEIGH, REPLACE, &body).with(NDA_DST, &neighbour.ip).with(NDA_LLADDR, &neighbour.mac)
 }
 

@@ -14,6 +14,20 @@ pub const CREATE: u16 = 0x400 | 0x200;
 /// Flags of a request that makes something or replaces it (NLM_F_CREATE, NLM_F_REPLACE).
 pub const REPLACE: u16 = 0x400 | 0x100;
 
+/// A route's MTU, among its metrics (`linux/rtnetlink.h`; the libc crate has the other numbers).
+pub const RTAX_MTU: u16 = 2;
+/// The state of a neighbour that is written down and not found out (`linux/neighbour.h`).
+pub const NUD_PERMANENT: u16 = 0x80;
+
+/// `struct ifinfomsg` of an interface, with flags (`IFF_*`) to set.
+pub fn link(index: u32, flags: u32) -> [u8; 16] {
+    let mut body = [0; 16];
+    body[4..8].copy_from_slice(&index.to_ne_bytes());
+    body[8..12].copy_from_slice(&flags.to_ne_bytes());
+    body[12..16].copy_from_slice(&flags.to_ne_bytes());
+    body
+}
+
 /// An IPv4 or IPv6 address from its bytes.
 pub fn ip(bytes: &[u8]) -> Option<std::net::IpAddr> {
     match bytes.len() {

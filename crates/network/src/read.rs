@@ -2,39 +2,19 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use kapsel_netlink::{Message, Socket, attributes, ip, number};
+use kapsel_netlink::{Message, NUD_PERMANENT, RTAX_MTU, Socket, attributes, ip, number};
+use libc::{
+    ARPHRD_ETHER, ARPHRD_LOOPBACK, IFA_ADDRESS, IFA_F_NOPREFIXROUTE, IFA_FLAGS, IFA_LOCAL, IFLA_ADDRESS,
+    IFLA_IFNAME, IFLA_MASTER, IFLA_MTU, NDA_DST, NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_METRICS,
+    RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTA_VIA, RTM_GETADDR, RTM_GETLINK,
+    RTM_GETNEIGH, RTM_GETROUTE, RTN_UNICAST, RTPROT_KERNEL,
+};
 
 use crate::error::Context;
 use crate::{Address, Interface, Mac, Neighbour, Result, Route};
 
-const RTM_GETLINK: u16 = 18;
-const RTM_GETADDR: u16 = 22;
-const RTM_GETROUTE: u16 = 26;
-const RTM_GETNEIGH: u16 = 30;
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_MASTER: u16 = 10;
-const IFA_ADDRESS: u16 = 1;
-const IFA_LOCAL: u16 = 2;
-const IFA_FLAGS: u16 = 8;
-const IFA_F_NOPREFIXROUTE: u32 = 0x200;
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_METRICS: u16 = 8;
-const RTA_MULTIPATH: u16 = 9;
-const RTA_TABLE: u16 = 15;
-const RTA_VIA: u16 = 18;
-const RTAX_MTU: u16 = 2;
 const RTNH_F_ONLINK: u32 = 4;
-const RTPROT_KERNEL: u8 = 2;
 const RTPROT_RA: u8 = 9;
-const NDA_DST: u16 = 1;
-const NDA_LLADDR: u16 = 2;
-const NUD_PERMANENT: u16 = 0x80;
 
 /// An interface with its number in the namespace.
 #[derive(Debug, PartialEq, Eq)]
@@ -76,8 +56,6 @@ fn find(attributes_of: &[u8], kind: u16) -> Option<&[u8]> {
 
 /// `struct ifinfomsg`: family, type (2), index (4), flags (8), change (12).
 fn link(body: &[u8]) -> Option<Found> {
-    const ARPHRD_ETHER: u16 = 1;
-    const ARPHRD_LOOPBACK: u16 = 772;
     const IFF_UP: u32 = 1;
     let rest = body.get(16..)?;
     let (kind, index, flags) = (half(body, 2)?, word(body, 4)?, word(body, 8)?);
@@ -115,7 +93,6 @@ fn address(body: &[u8], index: u32) -> Option<Address> {
 
 /// `struct rtmsg`: family, dst_len (1), src_len (2), tos (3), table (4), protocol (5), scope (6), type (7), flags (8).
 fn route(body: &[u8], index: u32) -> Option<Route> {
-    const RTN_UNICAST: u8 = 1;
     const MAIN: u32 = 254;
     const RTM_F_CLONED: u32 = 0x200;
     let rest = body.get(12..)?;

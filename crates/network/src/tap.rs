@@ -3,16 +3,12 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use kapsel_netlink::{Message, Socket, number};
+use kapsel_netlink::{Message, Socket, link, number};
+use libc::{IFLA_AF_SPEC, IFLA_IFNAME, IFLA_MTU, RTM_GETLINK, RTM_NEWLINK};
 
 use crate::error::Context;
 use crate::{Error, Result};
 
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFF_UP: u32 = 1;
@@ -71,13 +67,4 @@ impl Tap {
         let up = Message::new(RTM_NEWLINK, 0, &link(index, IFF_UP)).with_number(IFLA_MTU, mtu);
         socket.request(&up).context(failed)
     }
-}
-
-/// `struct ifinfomsg`, with flags to set.
-fn link(index: u32, flags: u32) -> [u8; 16] {
-    let mut body = [0; 16];
-    body[4..8].copy_from_slice(&index.to_ne_bytes());
-    body[8..12].copy_from_slice(&flags.to_ne_bytes());
-    body[12..16].copy_from_slice(&flags.to_ne_bytes());
-    body
 }
