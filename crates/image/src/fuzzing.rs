@@ -53,31 +53,13 @@ pub fn fuzz_document(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::time::{Duration, Instant};
+
+    use kapsel_testkit::fuzz::{Random, corpus};
 
     /// How long the mutations of one corpus run.
     const BUDGET: Duration = Duration::from_secs(4);
     const MUTATIONS: u32 = 4000;
-
-    struct Random(u64);
-
-    impl Random {
-        fn below(&mut self, limit: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 % limit.max(1) as u64) as usize
-        }
-    }
-
-    fn corpus(name: &str) -> Vec<Vec<u8>> {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
-        let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-        files.sort();
-        assert!(!files.is_empty());
-        files.iter().map(|path| std::fs::read(path).unwrap()).collect()
-    }
 
     fn mutate(data: &mut Vec<u8>, random: &mut Random) {
         for _ in 0..1 + random.below(4) {
@@ -114,9 +96,9 @@ mod tests {
     }
 
     fn run(name: &str, target: fn(&[u8]), finish: fn(&mut [u8])) {
-        let corpus = corpus(name);
+        let corpus = corpus(env!("CARGO_MANIFEST_DIR"), name);
         corpus.iter().for_each(|data| target(data));
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut random = Random::new(0x9e37_79b9_7f4a_7c15);
         let deadline = Instant::now() + BUDGET;
         for _ in 0..MUTATIONS {
             let mut data = corpus[random.below(corpus.len())].clone();

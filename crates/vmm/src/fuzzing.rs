@@ -161,11 +161,11 @@ fn devices(memory: &Memory, disk: &MemoryFile) -> Vec<Box<dyn Slot>> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::time::{Duration, Instant, SystemTime};
 
     use kapsel_devices::mmio::register;
     use kapsel_devices::state::Writer;
+    use kapsel_testkit::fuzz::{Random, corpus};
 
     use super::*;
     use crate::snapshot::format::{Sections, seal};
@@ -173,30 +173,6 @@ mod tests {
     /// How long and how often the mutations of one corpus run, unless somebody wants more.
     const BUDGET: Duration = Duration::from_secs(5);
     const MUTATIONS: u64 = 5000;
-
-    struct Random(u64);
-
-    impl Random {
-        fn below(&mut self, limit: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            ((self.0 >> 11) % limit.max(1) as u64) as usize
-        }
-
-        fn pick<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
-            of[self.below(of.len())]
-        }
-    }
-
-    fn corpus(name: &str) -> Vec<Vec<u8>> {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
-        let mut files: Vec<_> =
-            std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
-        files.sort();
-        assert!(!files.is_empty());
-        files.iter().map(|path| std::fs::read(path).unwrap()).collect()
-    }
 
     /// Values that limits, offsets and counts stumble over, little-endian.
     const NUMBERS: [&[u8]; 8] = [
@@ -237,7 +213,7 @@ mod tests {
 
     /// `finish` makes a mutation pass the first checks, three times out of four.
     fn run(name: &str, words: &[&[u8]], target: fn(&[u8]), finish: fn(&mut Vec<u8>)) {
-        let corpus = corpus(name);
+        let corpus = corpus(env!("CARGO_MANIFEST_DIR"), name);
         corpus.iter().for_each(|data| target(data));
         let longer = std::env::var("KAPSEL_FUZZ_SECONDS").ok().map(|text| text.parse().expect("seconds"));
         let seed = longer.map_or(0x9e37_79b9_7f4a_7c15, |_| {
@@ -245,7 +221,7 @@ mod tests {
         });
         let (budget, mutations) =
             longer.map_or((BUDGET, MUTATIONS), |seconds| (Duration::from_secs(seconds), u64::MAX));
-        let (mut random, started) = (Random(seed), Instant::now());
+        let (mut random, started) = (Random::new(seed), Instant::now());
         let mut count = 0;
         while count < mutations && started.elapsed() < budget {
             let mut data = corpus[random.below(corpus.len())].clone();
@@ -295,7 +271,7 @@ mod tests {
     /// [`state`] gives; when the format changes, write it again.
     #[test]
     fn the_corpus_has_a_state_that_is_taken_up() {
-        let corpus = corpus("state");
+        let corpus = corpus(env!("CARGO_MANIFEST_DIR"), "state");
         if !corpus.contains(&state()) {
             let today = std::env::temp_dir().join("kapsel-fuzz-corpus-state");
             std::fs::write(&today, state()).unwrap();

@@ -1,38 +1,28 @@
 //! What all tests share: the programs, one data root with one image and one template, and how kapsel is called.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use kapsel_testkit::TarBuilder;
-
-/// No single step of a test takes longer, also on a busy machine without KVM.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+use kapsel_testkit::sandboxes::{self, DataRoot};
+pub use kapsel_testkit::sandboxes::{PATIENCE, eventually};
 
 /// The programs and the data root.
 pub struct World {
     kapsel: PathBuf,
-    root: PathBuf,
-    /// Keeps other runs of these tests away from the root.
-    _lock: File,
+    root: DataRoot,
 }
 
 /// The world, or `None` after saying why there is none.
 pub fn shared() -> Option<&'static World> {
     static WORLD: OnceLock<Result<World, String>> = OnceLock::new();
-    match WORLD.get_or_init(World::make) {
-        Ok(world) => Some(world),
-        Err(why) => {
-            println!("skipped: {why}");
-            None
-        }
-    }
+    sandboxes::made_once(&WORLD, World::make)
 }
 
 /// Gives the world to a test, or leaves the test.
@@ -48,45 +38,26 @@ pub(crate) use world;
 
 impl World {
     fn make() -> Result<Self, String> {
-        if !rustix::process::geteuid().is_root() {
-            return Err("needs root".into());
-        }
         let kapsel = match std::env::var_os("KAPSEL_BIN_DIR") {
             Some(dir) => PathBuf::from(dir).join("kapsel"),
             None => PathBuf::from(env!("CARGO_BIN_EXE_kapsel")),
         };
         let beside = kapsel.parent().unwrap_or(Path::new("/"));
-        for program in ["containerd-shim-kapsel-v2", "kapsel-fsd", "guest/kapsel-agent"] {
-            if !beside.join(program).exists() {
-                return Err(format!("{} is not built", beside.join(program).display()));
-            }
-        }
-        if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
-            return Err("needs QEMU (qemu-system-x86)".into());
-        }
-        let Some(image) = rootfs() else { return Err("needs /bin/busybox (busybox-static)".into()) };
-
-        // One place for all runs, so that kernel and template are made once; short, since sockets are in it.
-        let root = PathBuf::from("/tmp/kapsel-e2e");
-        fs::create_dir_all(&root).map_err(|error| format!("{}: {error}", root.display()))?;
-        let lock = File::create(root.join("lock")).map_err(|error| error.to_string())?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-            .map_err(|error| error.to_string())?;
-        let world = World { kapsel, root, _lock: lock };
-        world.prepare(&image);
+        sandboxes::need(beside, &["containerd-shim-kapsel-v2", "kapsel-fsd", "guest/kapsel-agent"])?;
+        let world = World { kapsel, root: DataRoot::take()? };
+        world.prepare();
         Ok(world)
     }
 
     /// Clears away what an earlier, killed run left, imports the image, and makes the template.
-    fn prepare(&self, image: &[u8]) {
-        fs::write(self.root.join("config.toml"), "").expect("a configuration");
+    fn prepare(&self) {
         let left = self.ok(["ps", "-aq"]);
         let left: Vec<&str> = ["rm", "-f"].into_iter().chain(left.lines()).collect();
         if left.len() > 2 {
             self.ok(left);
         }
         let tar = self.archive();
-        fs::write(&tar, image).expect("an archive");
+        fs::write(&tar, rootfs()).expect("an archive");
         self.ok([OsStr::new("import"), "busybox".as_ref(), tar.as_os_str(), "--cmd".as_ref(), "sh".as_ref()]);
         let built = self.command(["template", "build"]).output().expect("kapsel starts");
         assert!(built.status.success(), "no template: {}", String::from_utf8_lossy(&built.stderr));
@@ -95,9 +66,8 @@ impl World {
     /// kapsel with arguments, on the shared root, without a terminal and without input.
     pub fn command(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
         let mut command = Command::new(&self.kapsel);
-        // Not what this machine's owner has configured.
-        let config = self.root.join("config.toml");
-        command.args(args).env("KAPSEL_ROOT", &self.root).env("KAPSEL_CONFIG", config).stdin(Stdio::null());
+        command.args(args).env("KAPSEL_ROOT", self.root()).env("KAPSEL_CONFIG", self.root.config());
+        command.stdin(Stdio::null());
         command
     }
 
@@ -157,7 +127,7 @@ impl World {
 
     /// The data root.
     pub fn root(&self) -> &Path {
-        &self.root
+        self.root.path()
     }
 
     /// One of the programs beside kapsel.
@@ -167,12 +137,12 @@ impl World {
 
     /// The image as an archive.
     pub fn archive(&self) -> PathBuf {
-        self.root.join("busybox.tar")
+        self.root().join("busybox.tar")
     }
 
     /// Where sandboxes' directories are.
     pub fn sandboxes(&self) -> PathBuf {
-        self.root.join("run/sandboxes")
+        self.root().join("run/sandboxes")
     }
 }
 
@@ -242,26 +212,17 @@ pub fn kill(pid: u32, signal: rustix::process::Signal) {
     let _ = rustix::process::kill_process(pid, signal);
 }
 
-/// Waits until something holds.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < until, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 /// Whether a process is there and no zombie.
 pub fn lives(pid: u64) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
 }
 
 /// Debian's busybox with the tools that the tests use, and a user beside root.
-fn rootfs() -> Option<Vec<u8>> {
+fn rootfs() -> Vec<u8> {
     const TOOLS: &str = "sh ls cat echo true false sleep id uname env stty dd wc md5sum hostname yes head tail kill \
                          touch mkdir rm mount grep sed nproc free seq ps tty stat pwd printf ln date ip ping nc netstat \
                          wget httpd";
-    let busybox = fs::read("/bin/busybox").ok()?;
+    let busybox = fs::read("/bin/busybox").expect("busybox-static");
     let mut tar = TarBuilder::new();
     for dir in ["bin", "dev", "etc", "home", "home/joe", "proc", "root", "run", "sys", "tmp", "usr", "var"] {
         tar = tar.dir(dir);
@@ -272,5 +233,5 @@ fn rootfs() -> Option<Vec<u8>> {
     }
     let passwd = "root:x:0:0:root:/root:/bin/sh\njoe:x:1000:1000:Joe:/home/joe:/bin/sh\n";
     let group = "root:x:0:\njoe:x:1000:\nusers:x:100:joe\n";
-    Some(tar.file("etc/passwd", passwd).file("etc/group", group).build())
+    tar.file("etc/passwd", passwd).file("etc/group", group).build()
 }

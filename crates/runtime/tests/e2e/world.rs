@@ -11,35 +11,25 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kapsel_testkit::sandboxes::{self, DataRoot};
+pub use kapsel_testkit::sandboxes::{PATIENCE, eventually};
 use rustix::process::{Pid, Signal, WaitOptions};
 use serde_json::{Value, json};
-
-/// No single step of a test takes longer, also on a busy machine without KVM.
-pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The programs and the data root.
 pub struct World {
     /// Calls kapsel-runtime on the shared data root; engines clear the environment.
     pub runtime: PathBuf,
     kapsel: PathBuf,
-    /// kapsel's data root.
-    pub root: PathBuf,
+    root: DataRoot,
     /// For what the tests of this run make.
     pub dir: PathBuf,
-    /// Keeps other runs of these tests, and kapsel's own, away from the root.
-    _lock: File,
 }
 
 /// The world, or `None` after saying why there is none.
 pub fn shared() -> Option<&'static World> {
     static WORLD: OnceLock<Result<World, String>> = OnceLock::new();
-    match WORLD.get_or_init(World::make) {
-        Ok(world) => Some(world),
-        Err(why) => {
-            println!("skipped: {why}");
-            None
-        }
-    }
+    sandboxes::made_once(&WORLD, World::make)
 }
 
 /// Gives the world to a test, or leaves the test.
@@ -55,43 +45,23 @@ pub(crate) use world;
 
 impl World {
     fn make() -> Result<Self, String> {
-        if !rustix::process::geteuid().is_root() {
-            return Err("needs root".into());
-        }
         let runtime = PathBuf::from(env!("CARGO_BIN_EXE_kapsel-runtime"));
         let beside = runtime.parent().unwrap_or(Path::new("/"));
-        for program in ["kapsel", "containerd-shim-kapsel-v2", "kapsel-fsd", "guest/kapsel-agent"] {
-            if !beside.join(program).exists() {
-                return Err(format!("{} is not built", beside.join(program).display()));
-            }
-        }
-        for (program, package) in
-            [("/usr/bin/qemu-system-x86_64", "qemu-system-x86"), ("/bin/busybox", "busybox-static")]
-        {
-            if !Path::new(program).exists() {
-                return Err(format!("needs {program} ({package})"));
-            }
-        }
-        // The data root of kapsel's own end-to-end tests, so that kernel and template are made once for both.
-        let root = PathBuf::from("/tmp/kapsel-e2e");
-        fs::create_dir_all(&root).map_err(|error| format!("{}: {error}", root.display()))?;
-        let lock = File::create(root.join("lock")).map_err(|error| error.to_string())?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-            .map_err(|error| error.to_string())?;
+        let programs = ["kapsel", "containerd-shim-kapsel-v2", "kapsel-fsd", "guest/kapsel-agent"];
+        sandboxes::need(beside, &programs)?;
+        let root = DataRoot::take()?;
         let dir = PathBuf::from("/tmp/kapsel-runtime-e2e");
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).map_err(|error| error.to_string())?;
-        let config = root.join("config.toml");
-        fs::write(&config, "").map_err(|error| error.to_string())?;
         let script = format!(
             "#!/bin/sh\nKAPSEL_ROOT={} KAPSEL_CONFIG={} exec {} \"$@\"\n",
-            root.display(),
-            config.display(),
+            root.path().display(),
+            root.config().display(),
             runtime.display()
         );
         let wrapper = dir.join("kapsel-runtime");
         executable(&wrapper, &script);
-        let world = World { runtime: wrapper, kapsel: beside.join("kapsel"), root, dir, _lock: lock };
+        let world = World { runtime: wrapper, kapsel: beside.join("kapsel"), root, dir };
         let built = world.kapsel(&["template", "build"]);
         assert_eq!(built.code, 0, "no template: {}", built.stderr);
         // Stand-ins become this process's children when the command that made them ends, as they become an engine's.
@@ -103,8 +73,9 @@ impl World {
     /// Runs kapsel.
     pub fn kapsel(&self, args: &[&str]) -> Ran {
         let mut command = Command::new(&self.kapsel);
-        let config = self.root.join("config.toml");
-        finish(command.args(args).env("KAPSEL_ROOT", &self.root).env("KAPSEL_CONFIG", config))
+        finish(
+            command.args(args).env("KAPSEL_ROOT", self.root.path()).env("KAPSEL_CONFIG", self.root.config()),
+        )
     }
 
     /// An engine with containers of its own.
@@ -117,7 +88,7 @@ impl World {
 
     /// How many sandboxes there are on the host of an engine's container.
     pub fn sandboxes_of(&self, container: &str) -> usize {
-        let entries = fs::read_dir(self.root.join("run/sandboxes")).expect("the sandboxes");
+        let entries = fs::read_dir(self.root.path().join("run/sandboxes")).expect("the sandboxes");
         let record =
             |entry: std::io::Result<fs::DirEntry>| fs::read(entry.ok()?.path().join("sandbox.json")).ok();
         let theirs = |json: &Vec<u8>| {
@@ -285,13 +256,4 @@ pub fn reap(pid: u32) -> i32 {
 pub fn kill(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
     rustix::process::kill_process(pid, signal).expect("a process");
-}
-
-/// Waits until something holds.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < until, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
