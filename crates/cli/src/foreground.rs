@@ -97,7 +97,7 @@ impl Foreground<'_> {
                 Ok(_) => return,
                 // The container's first process takes all others with it: its streams do end.
                 Err(_) if self.exec_id.is_empty() => {}
-                Err(_) => quiet = if streams.idle() { quiet + LOOK } else { Duration::ZERO },
+                Err(_) => quiet = if streams.outputs.idle() { quiet + LOOK } else { Duration::ZERO },
             }
         }
     }

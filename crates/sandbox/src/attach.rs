@@ -41,6 +41,9 @@ pub enum Error {
     /// The shim said no.
     #[error("{0}")]
     Refused(String),
+    /// A standard stream of this command cannot be used.
+    #[error("cannot use my own output: {0}")]
+    Own(#[source] io::Error),
     /// The stream broke.
     #[error("the connection to the sandbox broke: {0}")]
     Io(#[from] io::Error),

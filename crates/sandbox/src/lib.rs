@@ -27,5 +27,6 @@ pub mod seccomp;
 pub mod signals;
 pub mod spec;
 pub mod stdio;
+pub mod streams;
 pub mod template;
 pub mod timings;

@@ -8,9 +8,10 @@ use crate::failure::{Failure, Outcome};
 use crate::flags::container::Attach;
 use crate::foreground::{Foreground, Left};
 use crate::output;
-use crate::streams::{Streams, Wanted};
+use crate::streams::{self, Wanted};
 use crate::terminal::{self, Raw};
 use kapsel_sandbox::signals::Signals;
+use kapsel_sandbox::streams::Streams;
 
 /// Connects to the first process of a container, until that ends or the person lets go.
 pub fn run(host: &Host, flags: &Attach) -> Outcome {
@@ -33,9 +34,9 @@ pub fn run(host: &Host, flags: &Attach) -> Outcome {
 async fn attach(sandbox: &Sandbox, wanted: Wanted, flags: &Attach) -> Outcome {
     let client = Client::connect(&sandbox.bundle, &sandbox.record.id).await?;
     let mut signals = Signals::take_over()?;
-    let streams = Streams::open(&sandbox.bundle, "", wanted)?;
+    let streams = Streams::open(&sandbox.bundle, "", wanted.stdin, wanted.terminal)?;
     let raw = (wanted.terminal && wanted.stdin).then(Raw::enter).transpose()?;
-    let running = streams.run(wanted.terminal.then(|| flags.detach_keys.0.clone()))?;
+    let running = streams::run(streams, wanted.terminal.then(|| flags.detach_keys.0.clone()))?;
     let foreground = Foreground { client: &client, exec_id: "", terminal: wanted.terminal };
     let left = foreground.stay(running, &mut signals).await;
     drop(raw);

@@ -10,10 +10,11 @@ use super::run::started;
 use crate::failure::{Failure, Outcome};
 use crate::flags::container::Exec;
 use crate::foreground::{Foreground, Left};
-use crate::streams::{Streams, Wanted};
+use crate::streams::{self, Wanted};
 use crate::terminal::{self, Raw};
 use crate::{env, output};
 use kapsel_sandbox::signals::Signals;
+use kapsel_sandbox::streams::Streams;
 
 /// Runs a command in a container.
 pub fn run(host: &Host, flags: &Exec) -> Outcome {
@@ -58,13 +59,13 @@ async fn execute(sandbox: &Sandbox, options: &ExecOptions, flags: &Exec) -> Outc
         return Ok(0);
     }
     client.exec(exec_id, &process, &Io::attached(wanted.stdin, wanted.terminal, false)).await?;
-    let streams = Streams::open(&sandbox.bundle, exec_id, wanted)?;
+    let streams = Streams::open(&sandbox.bundle, exec_id, wanted.stdin, wanted.terminal)?;
     if let Err(failure) = started(&client, exec_id).await {
         forget(&client, exec_id).await;
         return Err(failure);
     }
     let raw = (wanted.terminal && wanted.stdin).then(Raw::enter).transpose()?;
-    let running = streams.run(wanted.terminal.then(|| flags.detach_keys.0.clone()))?;
+    let running = streams::run(streams, wanted.terminal.then(|| flags.detach_keys.0.clone()))?;
     let foreground = Foreground { client: &client, exec_id, terminal: wanted.terminal };
     let left = foreground.stay(running, &mut signals).await;
     drop(raw);

@@ -1,25 +1,11 @@
 //! The standard streams of a process in the guest, connected to the stand-in's own.
 
-use std::{
-    net::Shutdown,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::time::Duration;
 
 use anyhow::Context;
 use kapsel_sandbox::{
-    attach::{self, StreamKind},
     client::Io,
-    paths::Bundle,
-    pump::pump,
+    streams::{Outputs, Streams, carry, pass_input},
 };
 use rustix::termios::{OptionalActions, Termios};
 use tokio::sync::mpsc;
@@ -32,21 +18,17 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Which streams a process gets.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
-    stdin: bool,
-    terminal: bool,
-}
-
-/// Connections, before any byte has moved.
-pub struct Streams {
-    stdin: Option<UnixStream>,
-    outputs: Vec<(UnixStream, OwnedFd)>,
+    /// Standard input is passed on.
+    pub stdin: bool,
+    /// One terminal instead of three streams.
+    pub terminal: bool,
 }
 
 /// Streams between which bytes move.
 pub struct Running {
     done: mpsc::UnboundedReceiver<()>,
     open: usize,
-    outputs: Vec<(UnixStream, Arc<AtomicBool>)>,
+    outputs: Outputs,
 }
 
 impl Wanted {
@@ -69,52 +51,20 @@ fn is_null(fd: std::os::fd::BorrowedFd<'_>) -> bool {
     })
 }
 
-impl Streams {
-    /// Connects. From here on, nothing that the process writes is missed.
-    pub fn open(bundle: &Bundle, exec_id: &str, wanted: Wanted) -> anyhow::Result<Self> {
-        let open = |kind| attach::open(bundle, exec_id, kind, true);
-        let own =
-            |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().context("cannot use my own output");
-        let stdout = own(rustix::stdio::stdout())?;
-        if wanted.terminal {
-            let tty = open(StreamKind::Tty)?;
-            return Ok(Self { stdin: Some(tty.try_clone()?), outputs: vec![(tty, stdout)] });
-        }
-        let stdin = wanted.stdin.then(|| open(StreamKind::Stdin)).transpose()?;
-        let stderr = own(rustix::stdio::stderr())?;
-        Ok(Self {
-            stdin,
-            outputs: vec![(open(StreamKind::Stdout)?, stdout), (open(StreamKind::Stderr)?, stderr)],
-        })
+/// Starts moving bytes, one thread for each direction. When nobody reads what would be written (the engine was killed) the rest is
+/// dropped, and the container goes on.
+pub fn run(streams: Streams) -> anyhow::Result<Running> {
+    let (sender, done) = mpsc::unbounded_channel();
+    if let Some(to) = streams.stdin {
+        carry("stdin", move || pass_input(&to)).context("cannot start a thread")?;
     }
-
-    /// Starts moving bytes, one thread for each direction. When nobody reads what would be written (the engine was killed) the
-    /// rest is dropped, and the container goes on.
-    pub fn run(self) -> anyhow::Result<Running> {
-        let (sender, done) = mpsc::unbounded_channel();
-        let builder = |name: &str| thread::Builder::new().name(name.into()).stack_size(128 << 10);
-        if let Some(to) = self.stdin {
-            let input = move || {
-                // When the process does not read its input any more there is nobody to tell.
-                let _ = pump(rustix::stdio::stdin(), &to, &AtomicBool::new(false));
-                let _ = to.shutdown(Shutdown::Write);
-            };
-            builder("stdin").spawn(input).context("cannot start a thread")?;
-        }
-        let mut outputs = Vec::new();
-        for (from, to) in self.outputs {
-            let holding = Arc::new(AtomicBool::new(false));
-            outputs.push((from.try_clone()?, holding.clone()));
-            let sender = sender.clone();
-            let output = move || {
-                let _ = pump(&from, &to, &holding);
-                let _ = sender.send(());
-            };
-            builder("output").spawn(output).context("cannot start a thread")?;
-        }
-        // This process's own standard streams stay open: engines look at them.
-        Ok(Running { done, open: outputs.len(), outputs })
-    }
+    let ended = move |_| {
+        // Nobody listens any more when this process is about to end.
+        let _ = sender.send(());
+    };
+    let outputs = Outputs::start(streams.outputs, ended).context("cannot start a thread")?;
+    // This process's own standard streams stay open: engines look at them.
+    Ok(Running { done, open: outputs.count(), outputs })
 }
 
 impl Running {
@@ -127,15 +77,9 @@ impl Running {
                 Ok(Some(())) => self.open -= 1,
                 Ok(None) => return,
                 Err(_) if all => {}
-                Err(_) => quiet = if self.idle() { quiet + LOOK } else { Duration::ZERO },
+                Err(_) => quiet = if self.outputs.idle() { quiet + LOOK } else { Duration::ZERO },
             }
         }
-    }
-
-    fn idle(&self) -> bool {
-        self.outputs.iter().all(|(stream, holding)| {
-            rustix::io::ioctl_fionread(stream.as_fd()).unwrap_or(0) == 0 && !holding.load(Ordering::SeqCst)
-        })
     }
 }
 

@@ -12,13 +12,14 @@ use kapsel_sandbox::{
     registry::Registry,
     removal,
     signals::{Event, Signals},
+    streams::Streams,
 };
 use oci_spec::runtime::Spec;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::{
     control::{Answer, Control, NewContainer, NewProcess},
-    streams::{self, Running, Streams, Wanted},
+    streams::{self, Running, Wanted},
 };
 use crate::{bundle::Network, verbs::Host};
 
@@ -45,7 +46,7 @@ pub fn container(control: &mut Control, order: NewContainer) -> anyhow::Result<u
         control.send(&Answer::Done)?;
         control.close();
         let standing = Standing { client: &sandbox.client, exec_id: "", terminal: order.terminal, signals };
-        Ok(standing.stay(streams.run()?).await)
+        Ok(standing.stay(streams::run(streams)?).await)
         // The leash goes here, when the sandbox has ended anyway.
     })
 }
@@ -77,13 +78,14 @@ async fn launch(host: &Host, order: &NewContainer) -> anyhow::Result<(launch::Sa
     let spec = connected(order)?;
     let sandbox = launch::launch(&host.paths, &host.config, &mut record, &spec, options).await?;
     let bundle = sandbox.bundle.clone();
-    let connecting = tokio::task::spawn_blocking(move || Streams::open(&bundle, "", wanted));
+    let connecting =
+        tokio::task::spawn_blocking(move || Streams::open(&bundle, "", wanted.stdin, wanted.terminal));
     // The shim gives up first: it can say why.
     let deadline = host.config.start_timeout() + SHIM_TELLS;
     let created = sandbox.client.create(&order.rootfs, &wanted.io(), deadline).await;
     let connected = connecting.await.context("connecting the streams failed");
     let result = match created {
-        Ok(()) => connected.and_then(|streams| streams),
+        Ok(()) => connected.and_then(|streams| Ok(streams?)),
         Err(error) => Err(error.into()),
     };
     match result {
@@ -128,7 +130,7 @@ pub fn process(control: &mut Control, order: NewProcess) -> anyhow::Result<u8> {
         let wanted = Wanted::of(order.terminal);
         client.exec(exec_id, &order.process, &wanted.io()).await?;
         let started = async {
-            let streams = Streams::open(&bundle, exec_id, wanted)?;
+            let streams = Streams::open(&bundle, exec_id, wanted.stdin, wanted.terminal)?;
             client.start(exec_id).await.map_err(explain)?;
             Ok::<_, anyhow::Error>(streams)
         };
@@ -142,7 +144,7 @@ pub fn process(control: &mut Control, order: NewProcess) -> anyhow::Result<u8> {
         control.send(&Answer::Done)?;
         control.close();
         let standing = Standing { client: &client, exec_id, terminal: order.terminal, signals };
-        let code = standing.stay(streams.run()?).await;
+        let code = standing.stay(streams::run(streams)?).await;
         // The shim would keep an ended process for whoever asks for its exit code. It may be gone with its container.
         let _ = client.delete(exec_id).await;
         Ok(code)

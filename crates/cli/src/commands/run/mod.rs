@@ -23,11 +23,12 @@ use super::host::{self, Host};
 use crate::failure::{Failure, Outcome};
 use crate::flags::run::{MachineFlags, Run, TimingsForm};
 use crate::foreground::{Foreground, Left};
-use crate::streams::{Streams, Wanted};
+use crate::streams::{self, Wanted};
 use crate::terminal::{self, Raw};
 use crate::trace::Trace;
 use crate::{env, output};
 use kapsel_sandbox::signals::{Event, Signals};
+use kapsel_sandbox::streams::Streams;
 
 pub use host_root::run as run_on_host_root;
 
@@ -213,7 +214,9 @@ impl Plan {
         let detach = self.manner.detach;
         let connecting = tokio::task::spawn_blocking(move || match detach {
             true => Ok(None),
-            false => Streams::open(&bundle, "", wanted).map(Some),
+            false => {
+                Streams::open(&bundle, "", wanted.stdin, wanted.terminal).map(Some).map_err(Failure::from)
+            }
         });
         creating.await?;
         trace.phase("create");
@@ -234,7 +237,7 @@ impl Plan {
     ) -> Outcome {
         let Manner { wanted, detach_keys, timings, .. } = self.manner;
         let raw = (wanted.terminal && wanted.stdin).then(Raw::enter).transpose()?;
-        let running = streams.run(wanted.terminal.then_some(detach_keys))?;
+        let running = streams::run(streams, wanted.terminal.then_some(detach_keys))?;
         let foreground = Foreground { client: &launched.client, exec_id: "", terminal: wanted.terminal };
         let left = foreground.stay(running, signals).await;
         drop(raw);
