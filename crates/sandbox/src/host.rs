@@ -64,12 +64,17 @@ impl Needs {
 pub struct Choice {
     /// What runs it.
     pub monitor: Arc<dyn Monitor>,
-    /// How its code is executed.
-    pub accel: Accel,
     /// What to ask for to get the same again: never `auto` or `kvm`.
     pub isolation: Isolation,
     /// Why it is this one, in words.
     pub reason: String,
+}
+
+impl Choice {
+    /// How its code is executed.
+    pub fn accel(&self) -> Accel {
+        if self.isolation == Isolation::Tcg { Accel::Tcg } else { Accel::Kvm }
+    }
 }
 
 /// Takes the strongest isolation that works well here and does what is needed, or the one that is asked for.
@@ -83,12 +88,11 @@ pub fn choose(paths: &Paths, config: &Config, wanted: Isolation, needs: &Needs) 
         Err(missing) => Err(missing.clone()),
     };
     let (isolation, reason) = decide(wanted, || probe::kvm(paths.state()), fit)?;
-    let accel = if isolation == Isolation::Tcg { Accel::Tcg } else { Accel::Kvm };
     let monitor: Arc<dyn Monitor> = match (isolation, vmm) {
         (Isolation::KapselVmm, Ok(vmm)) => Arc::new(vmm),
         _ => Arc::new(Qemu::find(config.qemu().as_deref())?),
     };
-    Ok(Choice { monitor, accel, isolation, reason })
+    Ok(Choice { monitor, isolation, reason })
 }
 
 /// One of `kapsel-vmm`, `qemu-kvm` and `tcg`, and why. `fit` says whether kapsel-vmm can do what is needed.

@@ -119,7 +119,7 @@ pub fn draw(
         disks,
         shares: Vec::new(),
         nics: Vec::new(),
-        accel: choice.accel,
+        accel: choice.accel(),
         console: occupant.console,
         template: false,
         memory_dir: None,

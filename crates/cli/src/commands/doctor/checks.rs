@@ -70,8 +70,9 @@ pub fn choice(host: &Host) -> Choice {
     };
     let monitor = monitor(&*chosen.monitor);
     let isolation = Some(chosen.isolation.to_string());
+    let accel = chosen.accel();
     let reason = chosen.reason;
-    match chosen.accel {
+    match accel {
         Accel::Kvm => {
             let mut checks = vec![Check::ok("kvm", reason.clone()), monitor];
             if !chosen.monitor.capabilities().shares {
