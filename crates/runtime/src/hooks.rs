@@ -1,7 +1,8 @@
 //! Hooks that run on the host: a program, the container's state on its standard input, and a bound on its time.
 
 use std::{
-    io::{Read, Write},
+    fs::File,
+    io::{Read, Seek, Write},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -41,15 +42,13 @@ fn one(hook: &Hook, state: &[u8]) -> anyhow::Result<()> {
             variable.split_once('=').with_context(|| format!("its environment has {variable:?}"))?;
         command.env(name, value);
     }
-    // A file takes what the hook says, however much, without anybody reading along.
-    let mut said =
-        rustix::fs::memfd_create("hook", rustix::fs::MemfdFlags::CLOEXEC).map(std::fs::File::from)?;
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(said.try_clone()?);
+    // Files, since with them nobody waits for the other: the hook may leave its input unread and say much, however long both are.
+    let file = || rustix::fs::memfd_create("hook", rustix::fs::MemfdFlags::CLOEXEC).map(File::from);
+    let (mut told, mut said) = (file()?, file()?);
+    told.write_all(state)?;
+    told.rewind()?;
+    command.stdin(told).stdout(Stdio::null()).stderr(said.try_clone()?);
     let mut child = command.spawn().context("it cannot be started")?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook that does not read is none the worse for it. The state is smaller than a pipe, so this does not block.
-        let _ = stdin.write_all(state);
-    }
     let patience =
         hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).map_or(LONGEST, Duration::from_secs);
     let until = Instant::now() + patience;
@@ -67,7 +66,6 @@ fn one(hook: &Hook, state: &[u8]) -> anyhow::Result<()> {
     if status.success() {
         return Ok(());
     }
-    use std::io::Seek;
     let mut text = String::new();
     said.rewind()?;
     let _ = said.take(QUOTED).read_to_string(&mut text);
@@ -94,7 +92,7 @@ mod tests {
 
     #[test]
     fn it_may_leave_its_input_unread() {
-        one(&shell("exit 0", None), &vec![b'x'; 4096]).unwrap();
+        one(&shell("exit 0", None), &vec![b'x'; 1 << 20]).unwrap();
     }
 
     #[test]

@@ -93,11 +93,6 @@ impl Control {
         Ok(Self::new(stream))
     }
 
-    /// For a callee that goes on with it.
-    pub fn by_ref(&mut self) -> &mut Self {
-        self
-    }
-
     /// Says something.
     pub fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
         let mut line = serde_json::to_vec(message)?;

@@ -137,8 +137,8 @@ pub fn run(control_fd: i32) -> ExitCode {
         }
     };
     let result = control.receive().and_then(|order| match order {
-        Order::Container(order) => work::container(control.by_ref(), *order),
-        Order::Process(order) => work::process(control.by_ref(), *order),
+        Order::Container(order) => work::container(&mut control, *order),
+        Order::Process(order) => work::process(&mut control, *order),
     });
     match result {
         // Threads that wait for input do not keep it.
