@@ -37,7 +37,8 @@ impl Call<'_> {
         let bundle = Bundle::read(&flags.bundle, &self.host.config)?;
         bundle.warnings.iter().for_each(|warning| self.report.warn(warning));
         check_terminal(bundle.terminal, flags.console_socket.is_some(), foreground)?;
-        let sandbox = flags.id.parse().unwrap_or_else(|_| Id::random());
+        // Of its own: another engine, or a person, may have one that is called as this engine calls its container.
+        let sandbox = Id::random();
         let order = order(&bundle, &flags.id, sandbox.clone());
         let process = bundle.spec.process().as_ref();
         let size = process.and_then(oci_spec::runtime::Process::console_size).map(|size| {

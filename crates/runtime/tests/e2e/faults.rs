@@ -75,3 +75,15 @@ fn shim(world: &crate::world::World, container: &str) -> u32 {
     }
     panic!("no sandbox of {container}");
 }
+
+#[test]
+fn engines_may_call_their_containers_alike() {
+    let world = world!();
+    let (one, other) = (world.engine(), world.engine());
+    let id = "0123456789abcdef".repeat(4);
+    one.start(&id, "sleep 999");
+    other.start(&id, "sleep 999");
+    other.ok(&["delete", "--force", &id]);
+    assert_eq!(one.status(&id), "running");
+    one.ok(&["delete", "--force", &id]);
+}
