@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -20,6 +20,11 @@ const BIRTH: Duration = Duration::from_secs(60);
 /// How long the processes of a cgroup may take to be gone once they are killed.
 const EMPTY_CGROUP: Duration = Duration::from_secs(5);
 
+/// How long another command may take to clear a sandbox: its cgroup's processes, and as much for the rest.
+const ANOTHERS_CLEARING: Duration = EMPTY_CGROUP.saturating_mul(2);
+/// How often to look whether it has.
+const LOOK: Duration = Duration::from_millis(2);
+
 /// What was found and done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -29,15 +34,16 @@ pub struct Report {
     pub removed: Vec<PathBuf>,
 }
 
-/// Clears away what dead shims left. Costs one lock per sandbox when there is nothing to do.
+/// Clears away what dead shims left, or waits while another command does: nothing of them is left afterwards. Costs one lock per
+/// sandbox when there is nothing to do.
 ///
 /// # Errors
 /// When the directory of sandboxes cannot be read; what fails in one sandbox does not keep the others from being cleared.
 pub fn sweep(registry: &Registry) -> Result<Report, Error> {
     let mut report = Report::default();
     for bundle in registry.bundles()? {
-        let dead = match owner::of(&bundle) {
-            Owner::Shim(_) => false,
+        let dead = match settled(&bundle) {
+            Owner::Shim(_) | Owner::Clearing => false,
             Owner::Gone => needs_clearing(&bundle),
             Owner::NotYet => is_abandoned(&bundle),
         };
@@ -56,6 +62,17 @@ pub fn sweep(registry: &Registry) -> Result<Report, Error> {
     Ok(report)
 }
 
+/// The owner of a bundle, once nobody clears it, or after [`ANOTHERS_CLEARING`].
+fn settled(bundle: &Bundle) -> Owner {
+    let until = Instant::now() + ANOTHERS_CLEARING;
+    loop {
+        match owner::of(bundle) {
+            Owner::Clearing if Instant::now() < until => std::thread::sleep(LOOK),
+            owner => return owner,
+        }
+    }
+}
+
 /// A shim that ended in order leaves an exited record and no machine directory.
 fn needs_clearing(bundle: &Bundle) -> bool {
     bundle.machine_dir().exists()
@@ -71,7 +88,8 @@ fn is_abandoned(bundle: &Bundle) -> bool {
 /// Clears one bundle whose shim is gone; true when nothing of it is left.
 fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
     // Taking the lock keeps a second command from clearing at the same time.
-    let claimed = owner::claim(bundle).map_err(|source| failed("claim", bundle.dir(), source))?;
+    let claimed =
+        owner::claim_for_clearing(bundle).map_err(|source| failed("claim", bundle.dir(), source))?;
     let Some(_claimed) = claimed else { return Ok(false) };
     resources(registry.paths(), bundle)?;
     match Record::read(bundle) {
@@ -162,6 +180,8 @@ fn mount_points(table: &str) -> impl Iterator<Item = PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
     use crate::{paths::Id, record::Exit};
 
@@ -207,6 +227,27 @@ mod tests {
         assert_eq!(registry.resolve("kept").unwrap(), kept);
         assert!(registry.resolve("gone").is_err());
         assert_eq!(sweep(&registry).unwrap(), Report::default(), "the second time there is nothing to do");
+    }
+
+    #[test]
+    fn a_command_waits_while_another_clears() {
+        let (_dir, registry) = registry();
+        let bundle = lost_sandbox(&registry, "lost", false);
+        let other = owner::claim_for_clearing(&bundle).unwrap().unwrap();
+        assert_eq!(owner::of(&bundle), Owner::Clearing);
+        let cleared = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let sweeping = scope.spawn(|| {
+                sweep(&registry).unwrap();
+                assert!(cleared.load(Ordering::SeqCst), "it did not wait");
+            });
+            std::thread::sleep(Duration::from_millis(100));
+            cleared.store(true, Ordering::SeqCst);
+            // It was killed before it had done anything, so that the one that waited does it.
+            drop(other);
+            sweeping.join().unwrap();
+        });
+        assert!(!bundle.machine_dir().exists());
     }
 
     #[test]

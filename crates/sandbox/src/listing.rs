@@ -71,7 +71,7 @@ pub async fn look(bundle: Bundle, deadline: Duration) -> Option<Entry> {
     }
     let health = match (&record, owner::of(&bundle)) {
         (Ok(record), Owner::Shim(_)) => ask(&bundle, &record.id, deadline).await,
-        (Ok(record), Owner::Gone) if record.status != Status::Exited => Health::Gone,
+        (Ok(record), Owner::Gone | Owner::Clearing) if record.status != Status::Exited => Health::Gone,
         _ => Health::Well,
     };
     Some(Entry { bundle, record, health })

@@ -14,6 +14,9 @@ use rustix::{
 
 use crate::paths::Bundle;
 
+/// What a command that clears up writes instead of a number: nobody shall take it for a shim, and kill it.
+const CLEARING: &str = "clearing";
+
 /// The lock; the bundle is owned until it is dropped.
 #[derive(Debug)]
 pub struct Ownership {
@@ -25,17 +28,29 @@ pub struct Ownership {
 /// # Errors
 /// When the file cannot be written.
 pub fn claim(bundle: &Bundle) -> io::Result<Option<Ownership>> {
+    claim_as(bundle, &std::process::id().to_string())
+}
+
+/// Takes a bundle whose shim is gone, to clear away what it left; `None` when somebody owns it.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn claim_for_clearing(bundle: &Bundle) -> io::Result<Option<Ownership>> {
+    claim_as(bundle, CLEARING)
+}
+
+fn claim_as(bundle: &Bundle, who: &str) -> io::Result<Option<Ownership>> {
     let path = bundle.shim_pid();
     // The file appears locked. Whoever looked at it before it was would take its owner for dead, and their look would be
     // a lock that is in the owner's way.
     let new = path.with_extension(format!("pid-{}", std::process::id()));
     let file = open(OpenOptions::new().truncate(true), &new)?;
-    let owned = lock(file)?;
+    let owned = lock(file, who)?;
     match rustix::fs::renameat_with(CWD, &new, CWD, &path, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(owned),
         Err(Errno::EXIST) => {
             std::fs::remove_file(&new)?;
-            lock(open(&mut OpenOptions::new(), &path)?)
+            lock(open(&mut OpenOptions::new(), &path)?, who)
         }
         Err(error) => Err(error.into()),
     }
@@ -45,14 +60,14 @@ fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     options.read(true).write(true).create(true).mode(0o600).open(path)
 }
 
-fn lock(mut file: File) -> io::Result<Option<Ownership>> {
+fn lock(mut file: File, who: &str) -> io::Result<Option<Ownership>> {
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Ok(None),
         Err(e) => return Err(e.into()),
     }
     file.set_len(0)?;
-    write!(file, "{}", std::process::id())?;
+    file.write_all(who.as_bytes())?;
     Ok(Some(Ownership { _file: file }))
 }
 
@@ -71,6 +86,8 @@ pub enum Owner {
     Shim(u32),
     /// The bundle is made, its shim is not there yet.
     NotYet,
+    /// The shim is gone, and a command clears away what it left.
+    Clearing,
     /// The shim is gone.
     Gone,
 }
@@ -84,7 +101,10 @@ pub fn of(bundle: &Bundle) -> Owner {
         Err(_) => {
             let mut text = String::new();
             let _ = file.read_to_string(&mut text);
-            Owner::Shim(text.trim().parse().unwrap_or(0))
+            match text.trim() {
+                CLEARING => Owner::Clearing,
+                pid => Owner::Shim(pid.parse().unwrap_or(0)),
+            }
         }
     }
 }

@@ -37,9 +37,9 @@ pub async fn remove(registry: &Registry, bundle: &Bundle, id: Option<&Id>) -> Re
         if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
-        if !gone(bundle, DEATH).await {
-            return Err(Error::Stuck(bundle.dir().into()));
-        }
+    }
+    if !gone(bundle, DEATH).await {
+        return Err(Error::Stuck(bundle.dir().into()));
     }
     if bundle.dir().exists() {
         cleanup::resources(registry.paths(), bundle)?;
@@ -48,10 +48,10 @@ pub async fn remove(registry: &Registry, bundle: &Bundle, id: Option<&Id>) -> Re
     Ok(())
 }
 
-/// Waits until a bundle has no owner; false when it still has one.
+/// Waits until a bundle has no owner, nor anybody who clears it; false when it still has one.
 async fn gone(bundle: &Bundle, patience: Duration) -> bool {
     let until = Instant::now() + patience;
-    while matches!(owner::of(bundle), Owner::Shim(_)) {
+    while matches!(owner::of(bundle), Owner::Shim(_) | Owner::Clearing) {
         if Instant::now() > until {
             return false;
         }

@@ -28,7 +28,7 @@ pub fn run(host: &Host, flags: &Logs) -> Outcome {
         let bundle = sandbox.bundle.clone();
         reader.stop_when(move || {
             let ended = Record::read(&bundle).map_or(true, |record| record.status == Status::Exited);
-            ended || owner::of(&bundle) == Owner::Gone
+            ended || matches!(owner::of(&bundle), Owner::Gone | Owner::Clearing)
         });
     }
     for entry in reader {

@@ -186,8 +186,7 @@ fn a_killed_shim_leaves_a_namespace_as_it_was() {
     kill(u32::try_from(shim).expect("a pid"), Signal::KILL);
     eventually("the tap is gone", || !ip(&format!("-n {} link", wire.near)).contains("kapsel0"));
     world.ok(["ps"]);
-    // Another test's command may have begun with it just before.
-    eventually("the namespace is as it was", || wire.look() == before);
+    assert_eq!(wire.look(), before);
 }
 
 #[test]
