@@ -62,6 +62,8 @@ impl Handler {
                 counters: of_thread,
             }
             .serve()
+            // Its monitor would wait for good, and the test never hear of it by joining.
+            .inspect_err(|error| println!("the handler of the memory failed: {error}"))
         });
         Ok(Handler { counters, thread })
     }
