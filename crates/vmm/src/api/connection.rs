@@ -9,7 +9,7 @@ use rustix::event::PollFlags;
 
 use super::http::{self, Message, Progress};
 
-/// A client that neither says nor takes anything for so long has gone.
+/// A client that does not go on with its request, or does not take its answers, for so long has gone.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection of the API. Nothing here waits.
@@ -21,15 +21,16 @@ pub struct Connection {
     leave: bool,
     /// It ends when everything is sent.
     last: bool,
-    deadline: Instant,
+    /// When it said or took something last.
+    moved: Instant,
 }
 
 impl Connection {
     /// A connection that was just accepted.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        let (received, unsent, deadline) = (Vec::new(), Vec::new(), Instant::now() + PATIENCE);
-        Ok(Connection { stream, received, unsent, leave: false, last: false, deadline })
+        let (received, unsent, moved) = (Vec::new(), Vec::new(), Instant::now());
+        Ok(Connection { stream, received, unsent, leave: false, last: false, moved })
     }
 
     /// What is waited for: a client that does not take its answers cannot ask for more.
@@ -37,9 +38,14 @@ impl Connection {
         if self.unsent.is_empty() { PollFlags::IN } else { PollFlags::OUT }
     }
 
-    /// When the client is given up.
-    pub fn deadline(&self) -> Instant {
-        self.deadline
+    /// When the client is given up. One between two requests may take its time, as with Firecracker.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.idle_since().is_none().then(|| self.moved + PATIENCE)
+    }
+
+    /// Since when nothing is owed to the client, and nothing expected of it.
+    pub fn idle_since(&self) -> Option<Instant> {
+        (self.received.is_empty() && self.unsent.is_empty()).then_some(self.moved)
     }
 
     /// Does what can be done without waiting; `answer` gives status and body. False when the connection has ended.
@@ -62,7 +68,7 @@ impl Connection {
         let mut bytes = [0; 4096];
         let count = self.stream.read(&mut bytes)?;
         self.received.extend_from_slice(&bytes[..count]);
-        self.deadline = Instant::now() + PATIENCE;
+        self.moved = Instant::now();
         while !self.last && self.answer_one(answer) {}
         self.send()?;
         Ok(count > 0)
@@ -101,7 +107,7 @@ impl Connection {
         while !self.unsent.is_empty() {
             let count = self.stream.write(&self.unsent)?;
             self.unsent.drain(..count);
-            self.deadline = Instant::now() + PATIENCE;
+            self.moved = Instant::now();
         }
         Ok(())
     }
@@ -142,9 +148,14 @@ mod tests {
         let (mut client, server) = UnixStream::pair().unwrap();
         let mut connection = Connection::new(server).unwrap();
         let long = "x".repeat(1 << 20);
-        client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        assert_eq!(connection.deadline(), None);
+        client.write_all(b"GET / HTTP/").unwrap();
+        assert!(connection.advance(&mut |_| panic!("it has not asked yet")));
+        assert!(connection.deadline().is_some() && connection.idle_since().is_none());
+        client.write_all(b"1.1\r\n\r\n").unwrap();
         assert!(connection.advance(&mut |_| (200, long.clone())));
         assert_eq!(connection.interest(), PollFlags::OUT);
+        assert!(connection.deadline().is_some());
         client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
         assert!(connection.advance(&mut |_| panic!("it has not taken the first answer")));
         drop(client);

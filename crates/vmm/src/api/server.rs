@@ -17,7 +17,7 @@ use super::http::Message;
 use super::request::{self, Request};
 use crate::confine::Filter;
 
-/// More connections have to wait.
+/// Who comes then takes the place of the one that was idle for longest, or has to wait while none is.
 const CONNECTIONS_MAX: usize = 10;
 
 /// A request and where its answer goes.
@@ -91,7 +91,7 @@ fn serve(listener: &UnixListener, caller: &Caller) -> io::Result<()> {
             if ready[index - 1] {
                 connection.advance(&mut |message| answer(message, caller))
             } else {
-                connection.deadline() > now
+                connection.deadline().is_none_or(|deadline| deadline > now)
             }
         });
         if ready[index] {
@@ -100,13 +100,14 @@ fn serve(listener: &UnixListener, caller: &Caller) -> io::Result<()> {
     }
 }
 
-/// Waits for connections and, in the last place, for the listener; says who is ready. A full house does not listen.
+/// Waits for connections and, in the last place, for the listener; says who is ready. A busy full house does not listen.
 fn wait(listener: &UnixListener, connections: &[Connection]) -> io::Result<Vec<bool>> {
     let mut descriptors: Vec<_> =
         connections.iter().map(|connection| PollFd::new(connection, connection.interest())).collect();
-    let welcome = if connections.len() < CONNECTIONS_MAX { PollFlags::IN } else { PollFlags::empty() };
+    let room = connections.len() < CONNECTIONS_MAX || longest_idle(connections).is_some();
+    let welcome = if room { PollFlags::IN } else { PollFlags::empty() };
     descriptors.push(PollFd::new(listener, welcome));
-    let patience = connections.iter().map(Connection::deadline).min();
+    let patience = connections.iter().filter_map(Connection::deadline).min();
     let patience = patience.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let patience = patience.and_then(|duration| Timespec::try_from(duration).ok());
     match rustix::event::poll(&mut descriptors, patience.as_ref()) {
@@ -116,7 +117,18 @@ fn wait(listener: &UnixListener, connections: &[Connection]) -> io::Result<Vec<b
     Ok(descriptors.iter().map(|descriptor| !descriptor.revents().is_empty()).collect())
 }
 
+fn longest_idle(connections: &[Connection]) -> Option<usize> {
+    let idle = connections.iter().enumerate().filter_map(|(index, one)| Some((one.idle_since()?, index)));
+    idle.min().map(|(_, index)| index)
+}
+
 fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) {
+    if connections.len() >= CONNECTIONS_MAX {
+        match longest_idle(connections) {
+            Some(index) => drop(connections.remove(index)),
+            None => return,
+        }
+    }
     match listener.accept().and_then(|(stream, _)| Connection::new(stream)) {
         Ok(connection) => connections.push(connection),
         Err(error) => {
@@ -151,4 +163,33 @@ fn call(request: Request, caller: &Caller) -> Result<Answer, Fault> {
 
 pub(super) fn fault_body(message: &str) -> String {
     serde_json::json!({ "fault_message": message }).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn who_comes_to_a_full_house_takes_the_place_of_the_longest_idle() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("api");
+        let listener = UnixListener::bind(&path).unwrap();
+        let caller =
+            Caller { calls: mpsc::channel().0, event: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()) };
+        std::thread::spawn(move || serve(&listener, &caller));
+        let ask = |stream: &mut UnixStream| {
+            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            stream.write_all(b"GET /nothing HTTP/1.1\r\n\r\n").unwrap();
+            stream.read(&mut [0; 4096]).unwrap()
+        };
+        let mut all: Vec<_> = (0..CONNECTIONS_MAX).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        assert!(all.iter_mut().all(|stream| ask(stream) > 0));
+        let mut late = UnixStream::connect(&path).unwrap();
+        assert!(ask(&mut late) > 0);
+        assert_eq!(all[0].read(&mut [0; 1]).unwrap(), 0, "the first one had to go");
+        assert!(ask(&mut all[1]) > 0, "the others stay");
+    }
 }
