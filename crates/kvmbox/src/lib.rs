@@ -99,7 +99,7 @@ impl Default for KvmBox {
 }
 
 impl KvmBox {
-    /// A box with 2 CPUs, 2 GiB of memory and nothing but busybox inside.
+    /// A box with one CPU, 2 GiB of memory and nothing but busybox inside.
     pub fn new() -> Self {
         KvmBox {
             memory_mib: 2048,
