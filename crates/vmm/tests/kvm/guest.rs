@@ -85,6 +85,9 @@ pub fn main() -> ! {
         Ok(()) => println!("{DONE}"),
         Err(error) => println!("the guest failed: {error}"),
     }
+    // What the serial port has not sent yet would be lost with the machine.
+    // SAFETY: the call has no pointers.
+    unsafe { libc::tcdrain(libc::STDOUT_FILENO) };
     // SAFETY: the call ends the machine and does not return; nothing is to be written any more.
     unsafe { libc::reboot(end) };
     std::process::exit(1)

@@ -21,14 +21,14 @@ pub struct Client(BufReader<UnixStream>);
 impl Client {
     /// Connects as soon as the monitor listens.
     pub fn connect(socket: &Path) -> io::Result<Self> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             match UnixStream::connect(socket) {
                 Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
                 stream => {
                     let stream = stream?;
                     // A monitor that does not answer fails its test, and does not hold up all of them.
-                    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+                    stream.set_read_timeout(Some(Duration::from_secs(240)))?;
                     return Ok(Client(BufReader::new(stream)));
                 }
             }
@@ -104,7 +104,7 @@ impl Console {
 
     /// Waits until the guest has ticked more often than `before`.
     pub fn wait(&self, before: usize) -> Result<(), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(240);
         while self.ticks() <= before {
             if Instant::now() > deadline {
                 return Err(
@@ -153,7 +153,7 @@ impl Session {
 
     /// How it ended, and what its guest printed; a minute is enough.
     pub fn finish(mut self) -> Result<(ExitStatus, String), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(240);
         while self.monitor.0.try_wait()?.is_none() {
             if Instant::now() > deadline {
                 self.monitor.0.kill()?;

@@ -21,7 +21,6 @@ use crate::session::{Client, Session};
 
 /// So many pages are enough to see that the balloon's are removed.
 const REMOVED_MIN: usize = 1024;
-const QUIET: [&str; 2] = ["--level", "Warn"];
 
 pub fn snapshot() -> Result<(), Failed> {
     let files = Files::here();
@@ -32,7 +31,7 @@ pub fn snapshot() -> Result<(), Failed> {
     let saved = fs::read(&memory)?;
     described(&files, &state, &memory)?;
 
-    let mut session = Session::start(&files, &inside("second"), &QUIET)?;
+    let mut session = start(&files, &inside("second"))?;
     let load = json!({
         "snapshot_path": state,
         "mem_backend": {"backend_type": "File", "backend_path": memory},
@@ -45,11 +44,22 @@ pub fn snapshot() -> Result<(), Failed> {
     let again = json!({"snapshot_path": state, "mem_file_path": memory});
     session.client.refused("PUT", "/snapshot/load", &again, "after starting")?;
     session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
-    went_on(session, ticks)?;
+    went_on(session, &inside("second"), ticks)?;
     echo.join().expect("the echo does not panic")?;
     assert!(fs::read(&memory)? == saved, "what a clone writes is its own");
     served(&files, &inside, &state, &memory, ticks)?;
     changes(&files, &inside, &memory, later)
+}
+
+/// A monitor whose log does not get into what its guest prints.
+fn start(files: &Files, socket: &Path) -> Result<Session, Failed> {
+    let log = log_of(socket);
+    let log = log.to_str().ok_or("the temporary directory has no name in UTF-8")?;
+    Session::start(files, socket, &["--level", "Info", "--log-path", log])
+}
+
+fn log_of(socket: &Path) -> PathBuf {
+    socket.with_extension("log")
 }
 
 /// The host's side of a clone's last task.
@@ -58,9 +68,12 @@ fn echo(socket: &Path) -> Result<JoinHandle<std::io::Result<()>>, Failed> {
     Ok(std::thread::spawn(move || echo_once(&listener)))
 }
 
-/// The guest goes on where it was after so many ticks, finds everything as it was, and ends.
-fn went_on(session: Session, ticks: usize) -> Result<(), Failed> {
-    let text = session.finish_content()?;
+/// The guest of the monitor with this socket goes on where it was after so many ticks, finds everything as it was, and ends.
+fn went_on(session: Session, socket: &Path, ticks: usize) -> Result<(), Failed> {
+    let text = session.finish_content().map_err(|failed| {
+        let log = fs::read_to_string(log_of(socket)).unwrap_or_else(|error| error.to_string());
+        format!("{}: {}\nlog:\n{log}", socket.display(), failed.message().unwrap_or_default())
+    })?;
     let forked =
         text.split(guest::FORKED).nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
     if forked.is_none_or(|tick: usize| tick + 1 < ticks) || text.contains(&format!("{} 0\n", guest::TICK)) {
@@ -81,7 +94,7 @@ fn changes(
     println!("a diff has {} KiB of {} KiB", changed >> 10, all >> 10);
     assert!(base.len() == diff.len() && (1 << 20..all / 2).contains(&changed), "{changed} of {all}");
     merge(&inside("diff"), memory)?;
-    let mut session = Session::start(files, &inside("third"), &QUIET)?;
+    let mut session = start(files, &inside("third"))?;
     let load = json!({
         "snapshot_path": inside("later"),
         "mem_backend": {"backend_type": "File", "backend_path": memory},
@@ -96,7 +109,7 @@ fn changes(
     assert!((1..1 << 20).contains(&written), "{written} bytes were written by nobody");
     let echo = echo(&inside("third-vsock"))?;
     session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
-    went_on(session, ticks)?;
+    went_on(session, &inside("third"), ticks)?;
     echo.join().expect("the echo does not panic")?;
     Ok(())
 }
@@ -109,7 +122,7 @@ fn served(
     memory: &Path,
     ticks: usize,
 ) -> Result<(), Failed> {
-    let mut session = Session::start(files, &inside("served"), &QUIET)?;
+    let mut session = start(files, &inside("served"))?;
     let load = json!({
         "snapshot_path": state,
         "mem_backend": {"backend_type": "Uffd", "backend_path": inside("handler")},
@@ -122,7 +135,7 @@ fn served(
     // Its last task waits until somebody answers.
     let listener = UnixListener::bind(inside(&format!("served-vsock_{}", guest::HOST_PORT)))?;
     session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(240);
     let count = |counter: &AtomicUsize| counter.load(Ordering::SeqCst);
     let counters = handler.counters.clone();
     while count(&counters.removed) < REMOVED_MIN && Instant::now() < deadline {
@@ -131,7 +144,7 @@ fn served(
     // What it takes back comes as zeroes.
     session.client.done("PATCH", "/balloon", &json!({"amount_mib": 0}))?;
     let echo = std::thread::spawn(move || echo_once(&listener));
-    went_on(session, ticks)?;
+    went_on(session, &inside("served"), ticks)?;
     echo.join().expect("the echo does not panic")?;
     handler.finish()?;
     let (copied, removed) = (count(&counters.copied), count(&counters.removed));
@@ -179,7 +192,7 @@ fn save(
     // Open until the monitor ends.
     let held =
         std::thread::spawn(move || listener.accept().and_then(|(mut stream, _)| stream.read(&mut [0])));
-    let mut session = Session::start(files, &inside("first"), &QUIET)?;
+    let mut session = start(files, &inside("first"))?;
     let client = &mut session.client;
     let kernel = json!({
         "kernel_image_path": files.vmlinux,
