@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::bridge::{self, Subnet};
+
 /// Why a sandbox cannot be connected.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -45,6 +47,44 @@ pub enum Error {
         found: usize,
         /// The limit.
         max: usize,
+    },
+    /// A bridge without privileges.
+    #[error("a bridge takes root; use --network user, or run kapsel as root")]
+    Root,
+    /// Rules cannot be set.
+    #[error(
+        "the program nft is missing, by which rules for the bridge are set; install the package nftables"
+    )]
+    NoNft,
+    /// nft does not take the rules over.
+    #[error("cannot set the rules of the bridge {name}: nft: {0}; the kernel must have nf_tables, for bridges too", name = bridge::NAME)]
+    Rules(String),
+    /// Every address is handed out.
+    #[error("all addresses of {0} are in use on the bridge {name}; end a sandbox, or set a larger bridge_subnet in the configuration", name = bridge::NAME)]
+    Full(Subnet),
+    /// The host has the addresses elsewhere.
+    #[error(
+        "the bridge's network {subnet} is in use here: {route} is reached through {interface}; set another bridge_subnet in the \
+         configuration"
+    )]
+    Overlap {
+        /// The bridge's.
+        subnet: Subnet,
+        /// Where the route leads.
+        route: String,
+        /// Through what.
+        interface: String,
+    },
+    /// The bridge is there with other addresses.
+    #[error(
+        "the bridge {name} has the network {found}, and the configuration says {wanted}; end the sandboxes that are on it, and it is \
+         made anew", name = bridge::NAME
+    )]
+    OtherSubnet {
+        /// What the configuration says.
+        wanted: Subnet,
+        /// What the bridge has.
+        found: Subnet,
     },
     /// No taps here.
     #[error("cannot make a tap: {0}; /dev/net/tun must be there (modprobe tun)")]

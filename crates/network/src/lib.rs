@@ -5,9 +5,12 @@
 //! addresses then, and the host's kernel sees the frames only on their way. What is needed to make the same interface in
 //! the guest is an [`Interface`]; the monitor gets the tap's descriptor.
 //!
+//! [`bridge`] is a bridge of kapsel's own, for those who have no namespace prepared.
+//!
 //! Taps vanish with their last descriptor. What else is changed in a namespace is noted in a file first ([`release`]), so that
 //! it can be undone by another process.
 
+pub mod bridge;
 mod error;
 mod interface;
 mod namespace;

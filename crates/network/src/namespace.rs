@@ -59,6 +59,21 @@ impl Namespace {
     }
 }
 
+/// The network namespace with this number, if any process is in it or it has a name: else it is gone, with all that was in it.
+pub(crate) fn find(number: u64) -> Option<Namespace> {
+    let named = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let lived_in = processes.map(|entry| entry.path().join("ns/net"));
+    let first = ["/proc/thread-self/ns/net", "/proc/1/ns/net"].map(PathBuf::from).into_iter();
+    first.chain(named).chain(lived_in).find_map(|path| {
+        // What is no namespace at all has another device.
+        let own = std::fs::metadata("/proc/self/ns/net").ok()?;
+        let meta = std::fs::metadata(&path).ok()?;
+        ((meta.dev(), meta.ino()) == (own.dev(), number)).then_some(())?;
+        Some(Namespace { file: File::open(&path).ok()?, path })
+    })
+}
+
 /// Refuses the network namespace of the host, and the one that this process is in: for what a person asks for.
 ///
 /// # Errors

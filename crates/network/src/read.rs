@@ -46,11 +46,11 @@ fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]))
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     number(bytes.get(at..at + 4)?)
 }
 
-fn find(attributes_of: &[u8], kind: u16) -> Option<&[u8]> {
+pub(crate) fn find(attributes_of: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(attributes_of).find_map(|(found, value)| (found == kind).then_some(value))
 }
 

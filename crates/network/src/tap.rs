@@ -12,6 +12,8 @@ use crate::{Error, Result};
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFF_UP: u32 = 1;
+/// What the names of all taps begin with.
+pub(crate) const PREFIX: &str = "kapsel";
 
 /// A tap in the calling thread's network namespace. It goes with its last descriptor.
 pub(crate) struct Tap {
@@ -26,8 +28,8 @@ impl Tap {
         let file = File::options().read(true).write(true).open("/dev/net/tun").map_err(Error::Tap)?;
         // SAFETY: ifreq is plain data; all zeros is a valid value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(b"kapsel%d") {
-            *to = *from as libc::c_char;
+        for (to, from) in request.ifr_name.iter_mut().zip(PREFIX.bytes().chain(*b"%d")) {
+            *to = from as libc::c_char;
         }
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes a struct ifreq, which outlives the call.
@@ -54,17 +56,22 @@ impl Tap {
     /// Lets frames pass. The host has no address on it and says nothing by itself: every frame is the guest's.
     pub(crate) fn up(&self, socket: &mut Socket, index: u32, mtu: u32) -> Result<()> {
         let failed = || format!("bring the tap {} up", self.name);
-        let quiet = Message::new(RTM_NEWLINK, 0, &link(index, 0)).with_nested(IFLA_AF_SPEC, |families| {
-            families.with_nested(libc::AF_INET6 as u16, |inet6| {
-                inet6.with(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
-            })
-        });
-        match socket.request(&quiet) {
-            // A kernel without IPv6, or with it switched off.
-            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
-            result => result.context(failed)?,
-        }
+        quiet(socket, index).context(failed)?;
         let up = Message::new(RTM_NEWLINK, 0, &link(index, IFF_UP)).with_number(IFLA_MTU, mtu);
         socket.request(&up).context(failed)
+    }
+}
+
+/// Keeps the kernel from giving an interface an IPv6 address of its own.
+pub(crate) fn quiet(socket: &mut Socket, index: u32) -> std::io::Result<()> {
+    let quiet = Message::new(RTM_NEWLINK, 0, &link(index, 0)).with_nested(IFLA_AF_SPEC, |families| {
+        families.with_nested(libc::AF_INET6 as u16, |inet6| {
+            inet6.with(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
+        })
+    });
+    match socket.request(&quiet) {
+        // A kernel without IPv6, or with it switched off.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(()),
+        result => result,
     }
 }

@@ -17,7 +17,7 @@ pub const CPUS: &str = "io.kapsel.cpus";
 pub const COLD: &str = "io.kapsel.cold";
 /// Size of the scratch disk in bytes, instead of an overlay in memory.
 pub const STORAGE: &str = "io.kapsel.storage";
-/// [`Network`]: `none` or `ns:PATH`; without it, the network namespace that the specification names by a path.
+/// [`Network`]: `none`, `bridge` or `ns:PATH`; without it, the network namespace that the specification names by a path.
 pub const NETWORK: &str = "io.kapsel.network";
 /// The signal that asks the container to stop, as a number.
 pub const STOP_SIGNAL: &str = "io.kapsel.stop-signal";

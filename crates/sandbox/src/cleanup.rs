@@ -41,6 +41,9 @@ pub struct Report {
 /// When the directory of sandboxes cannot be read; what fails in one sandbox does not keep the others from being cleared.
 pub fn sweep(registry: &Registry) -> Result<Report, Error> {
     let mut report = Report::default();
+    if let Err(error) = kapsel_network::bridge::sweep() {
+        tracing::warn!(%error, "cannot clear up the bridge");
+    }
     for bundle in registry.bundles()? {
         let dead = match settled(&bundle) {
             Owner::Shim(_) | Owner::Clearing => false,
@@ -97,6 +100,7 @@ fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
             if record.status != Status::Exited {
                 record.status = Status::Exited;
                 record.exit = Some(lost(record::now()));
+                record.address = None;
                 record.write(bundle)?;
             }
             Ok(false)

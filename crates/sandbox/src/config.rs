@@ -317,6 +317,14 @@ impl Config {
         list(self.text(Key::EngineAnnotations))
     }
 
+    /// The network of kapsel's bridge.
+    ///
+    /// # Panics
+    /// Never: the value was checked when it was set.
+    pub fn bridge_subnet(&self) -> kapsel_network::bridge::Subnet {
+        self.text(Key::BridgeSubnet).parse().expect("checked when it was set")
+    }
+
     /// What goes to the log: a `tracing` filter.
     pub fn log_level(&self) -> &str {
         self.text(Key::LogLevel)
@@ -375,6 +383,7 @@ mod tests {
             ("cpus = 0", "1 to"),
             ("isolation = \"chroot\"", "auto"),
             ("templates = \"perhaps\"", "true or false"),
+            ("bridge_subnet = \"10.0.0.0/8\"", "10.213.0.0/22"),
             ("pull = \"daily\"", "missing"),
             ("engine_annotations = [\"memory\", \"colour\"]", "stop-signal"),
         ] {

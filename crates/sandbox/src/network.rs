@@ -14,6 +14,8 @@ pub enum Network {
     None,
     /// The interfaces of a network namespace, as they are found.
     Namespace(PathBuf),
+    /// An address on kapsel's own bridge.
+    Bridge,
 }
 
 impl Network {
@@ -25,7 +27,7 @@ impl Network {
         path.map_or(Self::None, Self::Namespace)
     }
 
-    /// Refuses what a person cannot mean: the namespace that kapsel itself is in.
+    /// Refuses what a person cannot mean or have here: the namespace that kapsel itself is in, a bridge without root.
     ///
     /// # Errors
     /// Why not.
@@ -33,6 +35,7 @@ impl Network {
         match self {
             Self::None => Ok(()),
             Self::Namespace(path) => kapsel_network::refuse_own(path),
+            Self::Bridge => kapsel_network::bridge::check(),
         }
     }
 }
@@ -43,8 +46,11 @@ impl FromStr for Network {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             None if text == "none" => Ok(Self::None),
+            None if text == "bridge" => Ok(Self::Bridge),
             Some(("ns", path)) if path.starts_with('/') => Ok(Self::Namespace(path.into())),
-            _ => Err("expected none, or ns:PATH with the absolute path of a network namespace".into()),
+            _ => {
+                Err("expected none, bridge, or ns:PATH with the absolute path of a network namespace".into())
+            }
         }
     }
 }
@@ -54,6 +60,7 @@ impl fmt::Display for Network {
         match self {
             Self::None => f.write_str("none"),
             Self::Namespace(path) => write!(f, "ns:{}", path.display()),
+            Self::Bridge => f.write_str("bridge"),
         }
     }
 }
@@ -64,10 +71,10 @@ mod tests {
 
     #[test]
     fn what_is_shown_is_understood() {
-        for network in [Network::None, Network::Namespace("/run/netns/a".into())] {
+        for network in [Network::None, Network::Bridge, Network::Namespace("/run/netns/a".into())] {
             assert_eq!(network.to_string().parse(), Ok(network));
         }
-        for text in ["", "host", "ns:", "ns:relative", "bridge", "none:x"] {
+        for text in ["", "host", "ns:", "ns:relative", "bridge:x", "none:x"] {
             assert!(text.parse::<Network>().unwrap_err().contains("ns:PATH"), "{text}");
         }
     }

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, Write},
+    net::Ipv4Addr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
@@ -163,6 +164,9 @@ pub struct Record {
     /// Whether the container has an input (`-i`).
     #[serde(default)]
     pub stdin: bool,
+    /// Its address on kapsel's bridge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Ipv4Addr>,
     /// Its machine, once there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineInfo>,
@@ -187,6 +191,7 @@ impl Record {
             remove: false,
             terminal: false,
             stdin: false,
+            address: None,
             machine: None,
         }
     }

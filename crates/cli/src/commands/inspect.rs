@@ -1,8 +1,10 @@
 //! `kapsel inspect`: all that is known, for programs. The field names are part of kapsel's interface.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use kapsel_image::Inspection;
+use kapsel_sandbox::annotations::Wishes;
 use kapsel_sandbox::listing::Health;
 use kapsel_sandbox::record::{Exit, MachineInfo, Record};
 use kapsel_sandbox::registry::Error as RegistryError;
@@ -49,6 +51,7 @@ struct Container {
     terminal: bool,
     stdin: bool,
     labels: std::collections::BTreeMap<String, String>,
+    network: Option<Network>,
     mounts: Vec<Mount>,
     /// The OCI runtime specification.
     config: Option<Spec>,
@@ -91,6 +94,14 @@ struct Machine {
     vcpus: u32,
     /// Bytes.
     memory: u64,
+}
+
+#[derive(Serialize)]
+struct Network {
+    /// As `--network` takes it.
+    kind: String,
+    /// On kapsel's bridge.
+    address: Option<Ipv4Addr>,
 }
 
 #[derive(Serialize)]
@@ -155,6 +166,7 @@ fn container(sandbox: &Sandbox, health: Health) -> Container {
         terminal: record.terminal,
         stdin: record.stdin,
         labels: record.labels.clone(),
+        network: spec.as_ref().and_then(|spec| network(record, spec)),
         mounts: spec.as_ref().map(mounts).unwrap_or_default(),
         config: spec,
         timings: Timings::read(bundle).ok(),
@@ -174,6 +186,12 @@ fn isolation(machine: &MachineInfo) -> Isolation {
         reason: machine.reason.clone(),
         template: machine.template,
     }
+}
+
+fn network(record: &Record, spec: &Spec) -> Option<Network> {
+    let asked = Wishes::of(spec).ok()?.network;
+    let kind = asked.unwrap_or_else(|| kapsel_sandbox::network::Network::of(spec)).to_string();
+    Some(Network { kind, address: record.address })
 }
 
 fn mounts(spec: &Spec) -> Vec<Mount> {

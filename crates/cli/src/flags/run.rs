@@ -132,7 +132,7 @@ pub struct FileFlags {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Network")]
 pub struct NetworkFlags {
-    /// Network of the container: none, or ns:PATH for the interfaces of a network namespace
+    /// Network of the container: none, bridge, or ns:PATH for the interfaces of a network namespace
     #[arg(long, value_name = "NETWORK", default_value = "none")]
     pub network: Network,
 }

@@ -1,9 +1,11 @@
 //! End to end: real sandboxes, as a person starts them. Needs root, QEMU, and kapsel's other programs beside `kapsel`
 //! (or in `KAPSEL_BIN_DIR`); without them each test says `skipped: why`.
 
+mod bridge;
 mod broken;
 mod faults;
 mod files;
+mod host;
 mod life;
 mod limits;
 mod network;

@@ -57,6 +57,8 @@ keys! {
     Pull "pull" = "missing", |v| one_of(v, &["missing", "always", "never"]), "when run pulls an image";
     EngineAnnotations "engine_annotations" = "", annotations,
         "io.kapsel.* annotations that engines may set, without the prefix, such as memory,cpus; empty: none";
+    BridgeSubnet "bridge_subnet" = "10.213.0.0/22", |v| v.parse::<kapsel_network::bridge::Subnet>().map(drop),
+        "addresses of sandboxes with --network bridge, a private network that nothing here uses";
     LogLevel "log_level" = "info", any, "what is logged: error, warn, info, debug, trace or a tracing filter";
 }
 

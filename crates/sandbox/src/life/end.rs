@@ -126,6 +126,7 @@ impl Sandbox {
             self.note(|record| {
                 record.status = Status::Exited;
                 record.exit = Some(exit.clone());
+                record.address = None;
             });
         }
         if removed {

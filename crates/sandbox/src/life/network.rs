@@ -1,11 +1,15 @@
 //! The sandbox's connection to the network: what the host does for it, and what the guest is told.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
 
 use kapsel_machine::Nic;
 use kapsel_netlink::octets;
-use kapsel_network::{Interface, Port, Taken};
+use kapsel_network::{
+    Interface, Port, Taken,
+    bridge::{self, Attached, Guest, Subnet},
+};
 use kapsel_protocol::{api, limits};
 
 use super::{Error, guest_spec::MAX_SHARES};
@@ -13,8 +17,33 @@ use crate::network::Network;
 
 /// A connection as long as the sandbox lives; dropping it undoes it.
 #[derive(Debug, Default)]
-pub struct Connection {
-    _taken: Option<Taken>,
+pub enum Connection {
+    /// There is nothing to undo.
+    #[default]
+    None,
+    /// By a namespace.
+    Taken {
+        /// Gives it back.
+        _taken: Taken,
+    },
+    /// By the bridge.
+    Bridge(Attached),
+}
+
+/// Who is connected, to what.
+pub struct Request<'a> {
+    /// What the sandbox shall have.
+    pub network: Network,
+    /// What must be undone is noted here before it is done.
+    pub note: &'a Path,
+    /// How many directories it shares: they take the same places.
+    pub shares: usize,
+    /// The bridge's network.
+    pub subnet: Subnet,
+    /// The sandbox's id.
+    pub id: &'a str,
+    /// The sandbox's name.
+    pub name: &'a str,
 }
 
 /// What a machine and its guest get.
@@ -27,20 +56,42 @@ pub struct Plugs {
 }
 
 impl Connection {
-    /// Connects a sandbox that shares `shares` directories. What must be undone is noted in `note` before it is done.
+    /// Connects a sandbox.
     ///
     /// # Errors
     /// When the network is not there or cannot be had.
-    pub async fn make(network: &Network, note: &Path, shares: usize) -> Result<(Self, Plugs), Error> {
-        let Network::Namespace(path) = network else { return Ok(Default::default()) };
-        let room = limits::INTERFACES_MAX.min(MAX_SHARES.saturating_sub(shares));
-        let (path, note) = (path.clone(), note.to_owned());
+    pub async fn make(request: Request<'_>) -> Result<(Self, Plugs), Error> {
+        let room = limits::INTERFACES_MAX.min(MAX_SHARES.saturating_sub(request.shares));
+        let (note, subnet) = (request.note.to_owned(), request.subnet);
+        let (id, name) = (request.id.to_owned(), request.name.to_owned());
         // The kernel is fast, but its locks are shared with all of the host.
-        let taking = tokio::task::spawn_blocking(move || Taken::take(&path, &note, room));
-        let taken = taking.await.map_err(|e| Error::Resources(format!("taking the network failed: {e}")))?;
-        let (taken, ports) = taken?;
-        let plugs = Plugs::of(ports)?;
-        Ok((Self { _taken: Some(taken) }, plugs))
+        let connecting = tokio::task::spawn_blocking(move || match request.network {
+            Network::None => Ok((Self::None, Vec::new())),
+            Network::Namespace(path) => {
+                let (taken, ports) = Taken::take(&path, &note, room)?;
+                Ok((Self::Taken { _taken: taken }, ports))
+            }
+            Network::Bridge if room == 0 => Err(Error::Resources(format!(
+                "{MAX_SHARES} shared directories leave no place for a network; share fewer"
+            ))),
+            Network::Bridge => {
+                let (attached, port) = bridge::attach(subnet, Guest { id: &id, name: &name })?;
+                Ok((Self::Bridge(attached), vec![port]))
+            }
+        });
+        let connected = connecting.await;
+        let connected =
+            connected.map_err(|e| Error::Resources(format!("connecting to the network failed: {e}")))?;
+        let (connection, ports) = connected?;
+        Ok((connection, Plugs::of(ports)?))
+    }
+
+    /// The sandbox's address, where kapsel has chosen it.
+    pub fn address(&self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Bridge(attached) => Some(attached.address()),
+            Self::None | Self::Taken { .. } => None,
+        }
     }
 }
 

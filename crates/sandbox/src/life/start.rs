@@ -11,7 +11,7 @@ use super::{
     blueprint::{self, Blueprint, Occupant, Scratch},
     guest_spec::{self, GuestSpec, Rootfs},
     lock,
-    network::{Connection, Plugs},
+    network::{self, Connection, Plugs},
     shares::{self, Servers},
     size,
 };
@@ -179,7 +179,9 @@ impl Sandbox {
         drop(phase);
 
         // 6. Known from here on.
+        let address = lock(&self.host).network.address();
         self.note(|record| {
+            record.address = address;
             record.machine = Some(MachineInfo {
                 accelerator: blueprint.accelerator().into(),
                 isolation: blueprint.isolation.to_string(),
@@ -213,7 +215,16 @@ impl Sandbox {
             return Ok(Plugs::default());
         }
         let _phase = self.watch.phase("network");
-        let (connection, plugs) = Connection::make(&network, &self.bundle.network(), shares).await?;
+        let name = lock(&self.record).name.clone();
+        let (connection, plugs) = Connection::make(network::Request {
+            network,
+            note: &self.bundle.network(),
+            shares,
+            subnet: self.config.bridge_subnet(),
+            id: self.id.short(),
+            name: &name,
+        })
+        .await?;
         lock(&self.host).network = connection;
         Ok(plugs)
     }

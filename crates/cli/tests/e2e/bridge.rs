@@ -1,0 +1,136 @@
+//! `--network bridge`: sandboxes on a bridge of kapsel's own, each on a host of the test's own.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::host::{BEYOND, HOST, Host};
+use crate::world::{Container, PATIENCE, World, eventually, kill, world};
+
+fn on_bridge(
+    world: &'static World,
+    host: &Host,
+    name: &'static str,
+    flags: &[&str],
+    command: &[&str],
+) -> Container {
+    host.here(|| world.container(name, &[&["--network", "bridge"], flags].concat(), command))
+}
+
+fn address(world: &World, name: &str) -> String {
+    world.inspect(name)["network"]["address"].as_str().expect("an address").to_owned()
+}
+
+/// What a shell in a container says and how it ends.
+fn sh(world: &World, name: &str, script: &str) -> (i32, String) {
+    let ran = world.run(["exec", name, "sh", "-c", script]);
+    (ran.code, ran.text() + &ran.stderr)
+}
+
+/// A server beyond that says with whom it speaks.
+fn who_is_there(listener: TcpListener) -> impl FnOnce() + Send {
+    listener.set_nonblocking(true).expect("set");
+    move || {
+        let mut accepted = None;
+        eventually("somebody comes", || {
+            accepted = listener.accept().ok();
+            accepted.is_some()
+        });
+        let (mut stream, peer) = accepted.expect("connected");
+        stream.set_nonblocking(false).expect("set");
+        stream.write_all(format!("you are {}\n", peer.ip()).as_bytes()).expect("written");
+    }
+}
+
+#[test]
+fn sandboxes_on_the_bridge_reach_each_other_and_the_world() {
+    let world = world!();
+    let host = Host::new("reach");
+    let httpd = ["httpd", "-f", "-p", "80", "-h", "/etc"];
+    let web = on_bridge(world, &host, "e2e-br-web", &["--cold"], &httpd);
+    let client = on_bridge(world, &host, "e2e-br-client", &[], &["sleep", "999"]);
+    assert_eq!(world.inspect(client.name)["isolation"]["template"], true, "it is cloned from a template");
+    let (first, second) = (address(world, web.name), address(world, client.name));
+    assert_eq!((first.as_str(), second.as_str()), ("10.213.0.2", "10.213.0.3"));
+
+    let (_, seen) = sh(world, client.name, "ip addr show eth0; ip route");
+    for wanted in ["mtu 1400", "02:6b:0a:d5:00:03", "inet 10.213.0.3/22", "default via 10.213.0.1 dev eth0"] {
+        assert!(seen.contains(wanted), "{wanted:?} is not in {seen}");
+    }
+    // Another sandbox, and the bridge itself.
+    let (_, page) =
+        sh(world, client.name, "printf 'GET /notes HTTP/1.0\\r\\n\\r\\n' | nc -w 20 10.213.0.2 80");
+    assert!(page.ends_with("not a program\n"), "{page}");
+    let (code, pinged) = sh(world, client.name, "ping -c 1 -W 20 10.213.0.1");
+    assert_eq!(code, 0, "{pinged}");
+    // The world sees the host.
+    let serve = who_is_there(host.beyond(|| TcpListener::bind((BEYOND, 7000)).expect("bound")));
+    let answer = std::thread::scope(|scope| {
+        scope.spawn(serve);
+        sh(world, client.name, &format!("nc {BEYOND} 7000")).1
+    });
+    assert_eq!(answer, format!("you are {HOST}\n"));
+    // The host reaches a sandbox, the world does not.
+    let mut stream = host.here(|| TcpStream::connect("10.213.0.2:80").expect("connected"));
+    stream.write_all(b"GET /notes HTTP/1.0\r\n\r\n").expect("written");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set");
+    let mut page = String::new();
+    stream.read_to_string(&mut page).expect("read");
+    assert!(page.ends_with("not a program\n"), "{page}");
+    let route = ["route", "add", "10.213.0.0/22", "via", HOST];
+    host.beyond(|| assert!(std::process::Command::new("ip").args(route).status().expect("ip").success()));
+    let from_beyond = host.beyond(|| {
+        TcpStream::connect_timeout(&"10.213.0.2:80".parse().expect("an address"), Duration::from_secs(2))
+    });
+    assert!(from_beyond.is_err(), "nobody outside begins a conversation");
+
+    drop(web);
+    assert!(!host.is_clean(), "one is left");
+    drop(client);
+    assert!(host.is_clean(), "{}", host.told("ip", &["link"]));
+}
+
+#[test]
+fn a_sandbox_does_not_reach_its_host() {
+    let world = world!();
+    let host = Host::new("hostile");
+    let guest = on_bridge(world, &host, "e2e-br-hostile", &[], &["sleep", "999"]);
+    // A service of the host, on all of its addresses.
+    let _listener = host.here(|| TcpListener::bind("0.0.0.0:7000").expect("bound"));
+    host.here(|| TcpStream::connect("10.213.0.1:7000").expect("the host itself reaches it"));
+    for at in ["10.213.0.1", HOST] {
+        let (code, said) = sh(world, guest.name, &format!("nc -w 10 {at} 7000 </dev/null"));
+        assert_ne!(code, 0, "{at}: {said}");
+    }
+}
+
+#[test]
+fn what_a_killed_shim_had_on_the_bridge_is_given_back() {
+    let world = world!();
+    let host = Host::new("swept");
+    let container = on_bridge(world, &host, "e2e-br-killed", &[], &["sleep", "999"]);
+    let shim = world.inspect(container.name)["pids"]["shim"].as_u64().expect("a pid");
+    assert!(!host.is_clean());
+    kill(u32::try_from(shim).expect("a pid"), Signal::KILL);
+    // By a command that runs elsewhere, too.
+    eventually("the next command clears up", || {
+        world.ok(["ps"]);
+        host.is_clean()
+    });
+    let next = on_bridge(world, &host, "e2e-br-next", &[], &["true"]);
+    drop(next);
+    eventually("it is gone", || host.is_clean());
+}
+
+#[test]
+fn addresses_that_the_host_has_elsewhere_are_refused() {
+    let world = world!();
+    let host = Host::new("clash");
+    host.told("ip", &["addr", "add", "10.213.1.1/24", "dev", "out"]);
+    let ran = host.here(|| world.run(["run", "--rm", "--network", "bridge", "busybox", "true"]));
+    assert!(ran.code == 125 && ran.stderr.contains("through out"), "{} {}", ran.code, ran.stderr);
+    assert!(ran.stderr.contains("hint: set another bridge_subnet"), "{}", ran.stderr);
+    assert!(host.is_clean());
+}

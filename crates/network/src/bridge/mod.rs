@@ -1,0 +1,228 @@
+//! A bridge of kapsel's own: sandboxes as ports of one switch, with the host as their way out.
+//!
+//! Each network namespace in which kapsel runs (mostly there is one, the host's) has a bridge of its own while a sandbox is on it. No
+//! daemon keeps it: each shim holds a [`Lease`] on an address, the rules are made anew from all leases with each that comes or goes,
+//! and whoever gives the last one back removes bridge and rules. A killed shim's lease is found by [`sweep`], since nobody holds it.
+
+mod lease;
+mod link;
+mod rules;
+mod subnet;
+
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use kapsel_netlink::Socket;
+
+use crate::error::Context;
+use crate::namespace;
+use crate::tap::Tap;
+use crate::{Address, Error, Interface, Mac, Port, Result, Route};
+pub use lease::Leased;
+use lease::{Lease, Store};
+pub use subnet::Subnet;
+
+/// The bridge's name, the same in each network namespace.
+pub const NAME: &str = "kapsel-br0";
+
+/// Where leases are: not below a data root, since all that share a network namespace share its bridge.
+const BASE: &str = "/run/kapsel/networks";
+
+/// A sandbox's place on the bridge. Dropping it gives it back.
+#[derive(Debug)]
+pub struct Attached {
+    lease: Lease,
+    base: PathBuf,
+}
+
+/// Who wants to be on the bridge.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest<'a> {
+    /// The sandbox, for whoever looks at the leases.
+    pub id: &'a str,
+    /// By which the others shall find it.
+    pub name: &'a str,
+}
+
+/// Refuses a bridge where none can be had.
+///
+/// # Errors
+/// [`Error::Root`] or [`Error::NoNft`].
+pub fn check() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::Root);
+    }
+    rules::program().map(drop)
+}
+
+/// Puts a guest on the bridge of the calling process's network namespace, which is made where there is none.
+///
+/// # Errors
+/// When no address is free, the subnet is in use elsewhere, or the kernel refuses. Nothing is left of it then.
+pub fn attach(subnet: Subnet, guest: Guest<'_>) -> Result<(Attached, Port)> {
+    attach_at(Path::new(BASE), subnet, guest)
+}
+
+fn attach_at(base: &Path, subnet: Subnet, guest: Guest<'_>) -> Result<(Attached, Port)> {
+    let store = Store::lock(base)?.of(own_namespace()?)?;
+    let (mut others, _) = store.scan()?;
+    if let Some(other) = others.iter().find(|other| other.subnet != subnet) {
+        return Err(Error::OtherSubnet { wanted: subnet, found: other.subnet });
+    }
+    let address = subnet.free(others.iter().map(|other| other.address)).ok_or(Error::Full(subnet))?;
+    let mut socket = Socket::open().context(|| "speak with the kernel's network".into())?;
+    let bridge = match link::find(&mut socket, NAME)? {
+        Some(bridge) if !others.is_empty() => bridge,
+        left => link::make(&mut socket, left, subnet)?,
+    };
+    forward()?;
+    let tap = Tap::new()?;
+    let leased =
+        Leased { sandbox: guest.id.into(), name: guest.name.into(), address, subnet, tap: tap.name.clone() };
+    let lease = store.write(&leased)?;
+    // From here on dropping it undoes all, once the store is unlocked.
+    let attached = Attached { lease, base: base.to_owned() };
+    others.push(leased);
+    let port = (|| {
+        // What the guest may send is settled before it can send anything.
+        rules::apply(&rules::all(subnet, &others))?;
+        let index = tap.index(&mut socket)?;
+        link::enslave(&mut socket, index, bridge.index)?;
+        tap.up(&mut socket, index, bridge.mtu)?;
+        Ok(Port { interface: interface(subnet, address, bridge.mtu), tap: tap.fd })
+    })();
+    drop(store);
+    Ok((attached, port?))
+}
+
+/// What the guest is told.
+fn interface(subnet: Subnet, address: Ipv4Addr, mtu: u32) -> Interface {
+    let default = Route {
+        destination: Ipv4Addr::UNSPECIFIED.into(),
+        prefix: 0,
+        gateway: Some(subnet.gateway().into()),
+        source: None,
+        metric: 0,
+        scope: 0,
+        on_link: false,
+        mtu: 0,
+    };
+    Interface {
+        name: "eth0".into(),
+        mac: mac(address),
+        mtu,
+        addresses: vec![Address { ip: address.into(), prefix: subnet.prefix(), no_route: false }],
+        routes: vec![default],
+        neighbours: Vec::new(),
+    }
+}
+
+/// The Ethernet address that belongs to an address: who gets the one later has the other too, so that no cache is ever wrong.
+pub(crate) fn mac(address: Ipv4Addr) -> Mac {
+    let [a, b, c, d] = address.octets();
+    // Locally administered.
+    Mac([0x02, 0x6b, a, b, c, d])
+}
+
+impl Attached {
+    /// The address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.lease.leased.address
+    }
+
+    /// The directory of the leases: it changes when a sandbox comes to the bridge or leaves it.
+    pub fn directory(&self) -> &Path {
+        self.lease.directory()
+    }
+
+    /// Who is on the bridge, this one too.
+    ///
+    /// # Errors
+    /// When the leases cannot be read.
+    pub fn neighbours(&self) -> Result<Vec<Leased>> {
+        let store = Store::lock(&self.base)?.of(own_namespace()?)?;
+        Ok(store.scan()?.0)
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let given_back = Store::lock(&self.base).and_then(|stores| {
+            let store = stores.of(own_namespace()?)?;
+            self.lease.remove()?;
+            settle(&store)
+        });
+        if let Err(error) = given_back {
+            tracing::warn!(%error, "the bridge is not as it should be; the next command sees to it");
+        }
+    }
+}
+
+/// Gives back what killed shims had on any bridge: addresses, rules, and bridges on which nobody is left. Costs one system call where no
+/// bridge is in use.
+///
+/// # Errors
+/// When leases cannot be read or the kernel refuses.
+pub fn sweep() -> Result<()> {
+    sweep_at(Path::new(BASE))
+}
+
+fn sweep_at(base: &Path) -> Result<()> {
+    if lease::namespaces(base)?.is_empty() {
+        return Ok(());
+    }
+    let stores = Store::lock(base)?;
+    for namespace in lease::namespaces(base)? {
+        let store = stores.of(namespace)?;
+        let (live, dead) = store.scan()?;
+        if dead > 0 || live.is_empty() {
+            match namespace::find(namespace) {
+                Some(namespace) => namespace.run(|| settle(&store))?,
+                // Gone, and all that was in it.
+                None => store.clear()?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes bridge and rules of the calling thread's namespace what the leases say, and forgets those that nobody holds.
+fn settle(store: &Store) -> Result<()> {
+    let (live, _) = store.scan()?;
+    match live.first() {
+        Some(any) => rules::apply(&rules::all(any.subnet, &live))?,
+        None => {
+            rules::apply(rules::NONE)?;
+            let mut socket = Socket::open().context(|| "speak with the kernel's network".into())?;
+            if let Some(bridge) = link::find(&mut socket, NAME)? {
+                link::remove(&mut socket, bridge.index)?;
+            }
+        }
+    }
+    store.forget_dead()
+}
+
+/// The number of the network namespace that this thread is in.
+fn own_namespace() -> Result<u64> {
+    let path = PathBuf::from("/proc/thread-self/ns/net");
+    let meta = fs::metadata(&path).map_err(|source| Error::Namespace { path, source })?;
+    Ok(meta.ino())
+}
+
+/// Has the kernel pass packets on between interfaces, where it does not yet. It stays so: what else needs it by then is not for kapsel to
+/// know.
+fn forward() -> Result<()> {
+    const SWITCH: &str = "/proc/sys/net/ipv4/ip_forward";
+    let failed = |source: io::Error| Error::Kernel { what: format!("set {SWITCH}"), source };
+    if fs::read_to_string(SWITCH).map_err(failed)?.trim() == "0" {
+        fs::write(SWITCH, "1").map_err(failed)?;
+        tracing::warn!("{SWITCH} was 0 and is 1 now, for the bridge {NAME}: this host passes packets on");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
