@@ -3,7 +3,7 @@
 # Everything that a build, a run or a test needs from Debian is named here and nowhere else.
 PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs nftables
-PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 podman
+PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 podman docker.io
 PACKAGES_BENCH := runc crun runsc
 
 SHELL := /bin/bash
@@ -28,14 +28,15 @@ export KAPSEL_VMM := $(abspath $(MONITOR))
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Installs the named packages, but only those that are missing: a second run asks nothing of the network.
+# Installs the named packages, but only those that are missing: a second run asks nothing of the network. Without a run level
+# (invoke-rc.d) no daemon is started: tests start their own.
 define install
 	@missing=(); for p in $(1); do \
 	  dpkg-query -W -f='$${Status}' "$$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$$p"); done; \
 	if (( $${#missing[@]} )); then \
 	  echo "installing $${missing[*]}"; \
 	  $(SUDO) apt-get update -qq; \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
 	fi
 endef
 

@@ -67,7 +67,7 @@ pub enum Verb {
     Pause(Named),
     /// Thaw a container
     Resume(Named),
-    /// List the processes of a container, as its guest numbers them
+    /// List the processes of a container, as its guest numbers them; as JSON, the one that stands for it on the host
     Ps(Ps),
     /// List containers
     List(List),

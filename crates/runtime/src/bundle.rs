@@ -176,13 +176,31 @@ fn namespaces(spec: &mut Spec) -> anyhow::Result<Network> {
     let network = list.iter().find(|namespace| namespace.typ() == T::Network);
     let network = match network.and_then(|namespace| namespace.path().clone()) {
         Some(path) if path.as_os_str().is_empty() => Network::New,
-        Some(path) => Network::At(path),
+        Some(path) => Network::At(not_the_hosts(path)?),
         None => Network::New,
     };
     list.retain(|namespace| namespace.typ() != T::Network);
     linux.set_namespaces(Some(list));
     spec.set_linux(Some(linux));
     Ok(network)
+}
+
+/// Docker names the host's network namespace as it names any other. The frames of the host's interfaces would go to the guest.
+fn not_the_hosts(path: PathBuf) -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    let place = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    let there =
+        place(&path).with_context(|| format!("cannot use the network namespace {}", path.display()))?;
+    // Whoever calls this, and the whole machine: an engine may have been started in a namespace of its own.
+    let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"].map(|own| place(Path::new(own)).ok());
+    if hosts.contains(&Some(there)) {
+        bail!(
+            "it asks for the host's network namespace, {} (--network=host), which a container with a kernel of its own \
+             cannot be in; leave that out, or run this container with runc",
+            path.display()
+        );
+    }
+    Ok(path)
 }
 
 fn rootfs(spec: &Spec, dir: &Path) -> anyhow::Result<RootfsMount> {

@@ -59,10 +59,15 @@ fn what_podman_writes_is_followed() {
 
 #[test]
 fn a_network_that_the_engine_made_is_entered() {
+    // Anything that is not the host's does: what it is shows when it is entered.
+    let namespace = tempfile::NamedTempFile::new().unwrap();
     let bundle = read(&Config::default(), |spec| {
-        spec["linux"]["namespaces"][1]["path"] = json!("/run/netns/x");
+        spec["linux"]["namespaces"][1]["path"] = json!(namespace.path());
     });
-    assert_eq!(bundle.unwrap().network, Network::At("/run/netns/x".into()));
+    assert_eq!(bundle.unwrap().network, Network::At(namespace.path().into()));
+    refused("/run/netns/none", |spec| spec["linux"]["namespaces"][1]["path"] = json!("/run/netns/none"));
+    // As Docker asks for it.
+    refused("--network=host", |spec| spec["linux"]["namespaces"][1]["path"] = json!("/proc/self/ns/net"));
 }
 
 #[test]

@@ -19,10 +19,11 @@ impl Call<'_> {
     /// `ps`.
     pub fn ps(&self, flags: &args::Ps) -> anyhow::Result<()> {
         let container = self.container_in(&flags.id, &ALIVE, "list processes of")?;
-        let pids = wait(async { Ok(self.connect(&container).await?.pids().await?) })?;
         match flags.format {
-            TableFormat::Json => print::json(&pids),
+            // Engines look these up on the host, where the guest's numbers are those of others.
+            TableFormat::Json => print::json(&[container.pid]),
             TableFormat::Table => {
+                let pids = wait(async { Ok(self.connect(&container).await?.pids().await?) })?;
                 let lines: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
                 print::text(&format!("PID\n{lines}"))
             }
