@@ -22,7 +22,7 @@ MONITOR := $(OUT)/static/kapsel-vmm
 # What the tests of kapsel-vmm run: the program as it is shipped.
 export KAPSEL_VMM := $(abspath $(MONITOR))
 
-.PHONY: help run test test-e2e test-kvm build agent monitor image man bench clean cargo \
+.PHONY: help run test test-e2e test-kvm build agent monitor image man bench bench-vmm clean cargo \
         packages-build packages-run packages-test packages-bench
 
 help: ## list the targets
@@ -85,6 +85,10 @@ man: build ## man pages and completions, into $(OUT)/man and $(OUT)/completions
 
 bench: image packages-bench ## measure side by side with runc, crun, runsc and QEMU by hand
 	@cargo run --release -p kapsel-benches -- all
+
+# With FIRECRACKER=/path/to/firecracker that one is measured beside it, in the same run.
+bench-vmm: monitor packages-run ## measure kapsel-vmm on KVM, this machine's or an emulated host's, beside Firecracker
+	@cargo run --release -p kapsel-benches --bin bench-vmm
 
 clean: ## remove what the build made (images and kernels stay)
 	cargo clean

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
-use crate::report::Contender;
+use kapsel_benches::report::Contender;
 
 /// How much goes through standard output in the pipe measurement.
 pub const PIPE_MIB: u64 = 64;

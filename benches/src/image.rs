@@ -17,7 +17,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tempfile::TempDir;
 
 use crate::contenders::finish;
-use crate::report::{self, Contender};
+use kapsel_benches::report::{self, Contender};
 
 /// Bytes of the layer, or a little more.
 const CONTENT: usize = 192 << 20;

@@ -8,7 +8,6 @@ mod contenders;
 mod image;
 mod memory;
 mod parallel;
-mod report;
 
 use std::path::PathBuf;
 
@@ -16,6 +15,7 @@ use anyhow::Result;
 use clap::{Parser, ValueEnum};
 
 use contenders::Workshop;
+use kapsel_benches::report;
 
 #[derive(Parser)]
 #[command(about = "Measure kapsel side by side with runc, crun, runsc and QEMU by hand")]

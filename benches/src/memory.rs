@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::contenders::{Running, Workshop};
-use crate::report::{machine, write_json};
+use kapsel_benches::report::{machine, write_json};
 
 /// Megabytes are 10^6 bytes here and in the README.
 #[derive(Serialize)]

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use crate::contenders::{Workshop, finish};
-use crate::report::{machine, write_json};
+use kapsel_benches::report::{machine, write_json};
 
 const SANDBOXES: usize = 20;
 

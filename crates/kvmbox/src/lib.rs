@@ -6,6 +6,7 @@
 //! the test binary itself in a box and runs it there.
 
 pub mod cpio;
+pub mod guest;
 mod kernel;
 mod qemu;
 mod tests_inside;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use kernel::Kernel;
-pub use tests_inside::{inside, native_kvm, test_main};
+pub use tests_inside::{inside, keep_awake, native_kvm, test_main};
 
 /// Modules in the order of their dependencies.
 const MODULES: [&str; 4] =
@@ -90,6 +91,7 @@ pub struct KvmBox {
     cache: PathBuf,
     files: Vec<(PathBuf, PathBuf)>,
     environment: Vec<(String, String)>,
+    modules: Vec<&'static str>,
 }
 
 impl Default for KvmBox {
@@ -107,6 +109,7 @@ impl KvmBox {
             cache: default_cache(),
             files: Vec::new(),
             environment: Vec::new(),
+            modules: MODULES.to_vec(),
         }
     }
 
@@ -154,6 +157,13 @@ impl KvmBox {
         Ok(self)
     }
 
+    /// Loads one more of the kernel's modules, by its path under `kernel/` without the suffixes. Those that it needs come
+    /// first.
+    pub fn module(mut self, name: &'static str) -> Self {
+        self.modules.push(name);
+        self
+    }
+
     /// Sets a variable in the command's environment.
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.environment.push((name.into(), value.into()));
@@ -186,7 +196,7 @@ impl KvmBox {
         archive.file(Path::new("init"), 0o755, INIT.as_bytes())?;
         archive.host_file(Path::new(BUSYBOX), Path::new("bin/busybox"))?;
         let mut order = String::new();
-        for module in MODULES {
+        for module in &self.modules {
             let file = kernel.module(module);
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
             archive.host_file(&file, &Path::new("lib/modules").join(&name))?;

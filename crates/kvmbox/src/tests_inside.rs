@@ -54,7 +54,7 @@ pub fn test_main(trials: Vec<Trial>, prepare: impl FnOnce(KvmBox) -> Result<KvmB
 /// the same to its own code when the first processor's APIC is off and when the last such one is switched on, as every
 /// guest does while it boots; that of the processor here never is. The emulator's processors sometimes see such a patch
 /// half done, and the box's kernel panics (int3 in `__schedule`, or in `kvm_arch_vcpu_ioctl_run`).
-fn keep_awake() -> Option<(kvm_ioctls::VcpuFd, kvm_ioctls::VmFd)> {
+pub fn keep_awake() -> Option<(kvm_ioctls::VcpuFd, kvm_ioctls::VmFd)> {
     let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).ok()?;
     vm.create_irq_chip().ok()?;
     Some((vm.create_vcpu(0).ok()?, vm))

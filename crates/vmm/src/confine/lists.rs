@@ -56,6 +56,7 @@ const EVENT_LOOP: &[SystemCall] = &[
     any(libc::SYS_getpid),
     any(libc::SYS_tgkill),
     any(libc::SYS_openat),
+    any(libc::SYS_statx),
     any(libc::SYS_ftruncate),
     any(libc::SYS_pwrite64),
     any(libc::SYS_fallocate),

@@ -7,15 +7,6 @@ use std::os::unix::fs::OpenOptionsExt;
 
 /// Makes this binary the guest's program.
 pub const ARGUMENT: &str = "--guest";
-/// Beginning of the guest's process 1; the modules and the program follow.
-pub const INIT: &str = "#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sysfs /sys
-/bin/busybox mount -t devtmpfs devtmpfs /dev
-/bin/busybox --install -s /bin
-export PATH=/bin
-";
 /// Said when everything was as it should be.
 pub const DONE: &str = "the guest is content";
 /// Said when the guest reads its console.

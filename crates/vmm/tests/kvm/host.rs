@@ -8,26 +8,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use kapsel_kvmbox::{BUSYBOX, Kernel, KvmBox, cpio, shared_libraries};
+use kapsel_kvmbox::guest::{MODULES, PROGRAM, initramfs as initramfs_of};
+use kapsel_kvmbox::{Kernel, KvmBox};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use crate::guest;
 
 const VMM: &str = env!("CARGO_BIN_EXE_kapsel-vmm");
-/// Modules of the guest in the order of their dependencies.
-const MODULES: [&str; 10] = [
-    "drivers/virtio/virtio_mmio",
-    "drivers/virtio/virtio_balloon",
-    "drivers/block/virtio_blk",
-    "drivers/char/hw_random/virtio-rng",
-    "net/vmw_vsock/vsock",
-    "net/vmw_vsock/vmw_vsock_virtio_transport_common",
-    "net/vmw_vsock/vmw_vsock_virtio_transport",
-    "net/core/failover",
-    "drivers/net/net_failover",
-    "drivers/net/virtio_net",
-];
 const SECTOR: usize = 512;
 /// More exits in a quiet boot mean that the kernel looks for something that is not there.
 const EXITS_MAX: u64 = 4000;
@@ -44,7 +32,9 @@ impl Files {
     fn of_host() -> kapsel_kvmbox::Result<Self> {
         let kernel = Kernel::ensure(KvmBox::new().cache_directory())?;
         let initramfs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest.cpio");
-        build_initramfs(&kernel, &initramfs).expect("the guest's initramfs can be written");
+        let this = std::env::current_exe().expect("this program has a path");
+        let run = format!("exec {PROGRAM} {}", guest::ARGUMENT);
+        initramfs_of(&kernel, &MODULES, Some(&this), &run, &initramfs).expect("an initramfs can be written");
         // The program as it is shipped, if somebody names it.
         let vmm = std::env::var_os("KAPSEL_VMM").map_or_else(|| VMM.into(), PathBuf::from);
         Ok(Files { vmm, vmlinux: kernel.vmlinux, bzimage: kernel.bzimage, initramfs })
@@ -78,28 +68,6 @@ pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
         .file(host.vmlinux, inside.vmlinux)
         .file(host.bzimage, inside.bzimage)
         .file(host.initramfs, inside.initramfs))
-}
-
-fn build_initramfs(kernel: &Kernel, path: &Path) -> io::Result<()> {
-    let this = std::env::current_exe()?;
-    let mut archive = cpio::Archive::new(fs::File::create(path)?);
-    archive.host_file(Path::new(BUSYBOX), Path::new("bin/busybox"))?;
-    let mut init = String::from(guest::INIT);
-    for module in MODULES {
-        let file = kernel.module(module);
-        let name = module.rsplit('/').next().unwrap_or(module);
-        archive.host_file(&file, &Path::new("modules").join(name))?;
-        init.push_str(&format!(
-            "xzcat /modules/{name} >/module && insmod /module || echo 'cannot load {name}'\n"
-        ));
-    }
-    init.push_str(&format!("exec /guest {}\n", guest::ARGUMENT));
-    archive.file(Path::new("init"), 0o755, init.as_bytes())?;
-    for library in shared_libraries(&this).map_err(io::Error::other)? {
-        archive.host_file(&library, &library)?;
-    }
-    archive.host_file(&this, Path::new("guest"))?;
-    archive.finish().map(drop)
 }
 
 /// A configuration whose guest does `task`.

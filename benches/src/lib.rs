@@ -1,0 +1,3 @@
+//! What the programs for measuring share: medians, tables and plots.
+
+pub mod report;

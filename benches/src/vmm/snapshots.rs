@@ -1,0 +1,108 @@
+//! Machines that go on where another one was saved.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::inside::{FIRST, Files, SMALL_MIB, milliseconds};
+use crate::memory;
+use crate::monitor::{Monitor, Program};
+use crate::results::Measures;
+
+const LARGE_MIB: u64 = 2048;
+
+/// A saved machine.
+struct Saved {
+    directory: TempDir,
+}
+
+impl Saved {
+    /// Of a small guest that does what its command line says.
+    fn make(program: &Program<'_>, files: &Files, task: &str, memory_mib: u64) -> Result<Saved> {
+        let saved = Saved { directory: tempfile::tempdir_in("/dev/shm")? };
+        let mut monitor = Monitor::start(program)?;
+        monitor.configure(&files.kernel, &files.small, task, memory_mib)?;
+        monitor.begin()?;
+        monitor.wait(FIRST)?;
+        monitor.ask("PATCH", "/vm", &json!({"state": "Paused"}))?;
+        let to = json!({"snapshot_path": saved.state(), "mem_file_path": saved.memory()});
+        monitor.ask("PUT", "/snapshot/create", &to)?;
+        Ok(saved)
+    }
+
+    fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    fn memory(&self) -> PathBuf {
+        self.directory.path().join("memory")
+    }
+
+    /// A machine that goes on, and how it was asked to.
+    fn load(&self, program: &Program<'_>) -> Result<(Monitor, Instant)> {
+        let mut monitor = Monitor::start(program)?;
+        let begun = Instant::now();
+        let backend = json!({"backend_type": "File", "backend_path": self.memory()});
+        let load = json!({"snapshot_path": self.state(), "mem_backend": backend, "resume_vm": true});
+        monitor.ask("PUT", "/snapshot/load", &load)?;
+        Ok((monitor, begun))
+    }
+}
+
+/// Until a guest that prints all the time prints on.
+pub fn loads(programs: &[Program<'_>], files: &Files, runs: usize, measures: &mut Measures) -> Result<()> {
+    for memory_mib in [SMALL_MIB, LARGE_MIB] {
+        let saved: Vec<_> = programs
+            .iter()
+            .map(|program| Saved::make(program, files, "flood", memory_mib))
+            .collect::<Result<_>>()?;
+        for run in 0..=runs {
+            for (program, saved) in programs.iter().zip(&saved) {
+                let (monitor, begun) = saved.load(program)?;
+                let took = monitor.wait("")? - begun;
+                println!("{}: {took:?} to go on with {memory_mib} MiB", program.name);
+                if run > 0 {
+                    let name = format!("snapshot load to guest, {memory_mib} MiB");
+                    measures.add(program.name, &name, "ms", milliseconds(took));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As many machines at once as wanted, or as the host has memory for, out of one that was saved. Each has to answer.
+pub fn crowd(
+    programs: &[Program<'_>],
+    files: &Files,
+    machines: usize,
+    measures: &mut Measures,
+) -> Result<()> {
+    /// A host is full before it has to kill.
+    const LEFT_KIB: f64 = 256.0 * 1024.0;
+    for program in programs {
+        let saved = Saved::make(program, files, "echo", SMALL_MIB)?;
+        // What the last ones had comes back in its own time.
+        std::thread::sleep(Duration::from_secs(2));
+        let before = memory::available()?;
+        let mut crowd = Vec::new();
+        while crowd.len() < machines && memory::available()? > LEFT_KIB {
+            let (mut monitor, _) = saved.load(program)?;
+            let word = format!("machine {}", crowd.len());
+            monitor.type_line(&word)?;
+            monitor.wait(&word)?;
+            crowd.push(monitor);
+        }
+        let count = crowd.len() as f64;
+        let shares = crowd.iter().map(|monitor| memory::share(monitor.id())).collect::<Result<Vec<_>>>()?;
+        let taken = before - memory::available()?;
+        println!("{}: {count} machines at once took {taken} KiB", program.name);
+        measures.add(program.name, "machines at once", "", count);
+        measures.add(program.name, "each one's share of memory", "KiB", shares.iter().sum::<f64>() / count);
+        measures.add(program.name, "what the host gave for each", "KiB", taken / count);
+    }
+    Ok(())
+}
