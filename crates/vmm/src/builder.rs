@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::boot_timer::BootTimer;
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
-use crate::config::{CacheType, Config, RateLimiter};
+use crate::config::{CacheType, Config, NetworkInterface, RateLimiter};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
@@ -146,7 +146,9 @@ pub fn restore(
     }
     machine.restore(&parts.vm)?;
     // Only now: interrupts that devices raise as they go on would be lost with the controllers' earlier state.
-    for slot in &parts.bus.slots {
+    // Those that are new were not saved, and are the last ones.
+    let saved = parts.bus.slots.len().saturating_sub(load.network_additions.len());
+    for slot in &parts.bus.slots[..saved] {
         let mut reader = Reader::new(devices.take("device")?);
         lock(slot).restore(&mut reader)?;
         reader.finish()?;
@@ -185,13 +187,18 @@ impl Parts {
         let vm = create_vm(&kvm, &memory)?;
         let drained = event()?;
         let console = console(line(&vm, layout::SERIAL_GSI)?, drained.try_clone()?)?;
-        let Slots { slots, places, handles, .. } = create_devices(&vm, &memory, config)?;
+        let Slots { slots, mut places, handles, .. } = create_devices(&vm, &memory, config)?;
+        let spare = usize::from(config.spare_places) - config.late_network_interfaces.len();
+        for index in slots.len()..slots.len() + spare {
+            places.push(Place::of(index).ok_or(Error::TooManyDevices)?);
+        }
         let calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
         let bus = Arc::new(Bus {
             console: Mutex::new(console),
             keyboard: Mutex::new(Keyboard::new(line(&vm, layout::KEYBOARD_GSI)?)),
             boot_timer: surroundings.boot_timer,
             slots,
+            spare,
             stop: Stop::new(event()?),
             exits: Exits::default(),
         });
@@ -277,19 +284,7 @@ fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Resu
         let disk = slots.plug(block, Some(name))?;
         slots.handles.disks.push((name.clone(), disk));
     }
-    for interface in &config.network_interfaces {
-        let limits = |limiter: Option<RateLimiter>| limiter.unwrap_or_default().into();
-        let name = &interface.iface_id;
-        let card = net::Net::new(net::Config {
-            tap: interface.host_dev_name.clone(),
-            mac: interface.guest_mac.map(|mac| mac.0),
-            mtu: interface.mtu,
-            receive: limits(interface.rx_rate_limiter),
-            transmit: limits(interface.tx_rate_limiter),
-        })?;
-        let card = slots.plug(card, Some(name))?;
-        slots.handles.interfaces.push((name.clone(), card));
-    }
+    config.network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface))?;
     if let Some(vsock) = &config.vsock {
         slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?, None)?;
     }
@@ -305,6 +300,8 @@ fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Resu
     if config.entropy.is_some() {
         slots.plug(rng::Rng::new(), None)?;
     }
+    // After all others, whose places are those of the saved machine.
+    config.late_network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface))?;
     Ok(slots)
 }
 
@@ -317,6 +314,21 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
+    fn plug_card(&mut self, interface: &NetworkInterface) -> Result<(), Error> {
+        let limits = |limiter: Option<RateLimiter>| limiter.unwrap_or_default().into();
+        let name = &interface.iface_id;
+        let card = net::Net::new(net::Config {
+            tap: interface.host_dev_name.clone(),
+            mac: interface.guest_mac.map(|mac| mac.0),
+            mtu: interface.mtu,
+            receive: limits(interface.rx_rate_limiter),
+            transmit: limits(interface.tx_rate_limiter),
+        })?;
+        let card = self.plug(card, Some(name))?;
+        self.handles.interfaces.push((name.clone(), card));
+        Ok(())
+    }
+
     /// Gives a device the next place. Neither its interrupts nor its driver's notifications pass through the monitor's
     /// processor threads: KVM signals and is signalled.
     fn plug<D: Device + 'static>(

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use kapsel_devices::mmio::{Slot, WINDOW};
+use kapsel_devices::mmio::{self, Slot, WINDOW};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot_timer::BootTimer;
@@ -102,6 +102,8 @@ pub struct Bus {
     pub boot_timer: Option<BootTimer>,
     /// Virtio devices in the order of their windows.
     pub slots: Vec<SharedSlot>,
+    /// Windows behind those that are announced to the guest and empty.
+    pub spare: usize,
     /// Ends the machine.
     pub stop: Stop,
     /// Counters.
@@ -146,8 +148,12 @@ impl Bus {
     /// The guest reads memory where there is none.
     pub fn read_memory(&self, address: u64, data: &mut [u8]) {
         Exits::count(&self.exits.mmio_reads);
-        match self.slot(address, data.len()) {
-            Some((slot, offset)) => lock(slot).read(offset, data),
+        match self.window(address, data.len()) {
+            Some((index, offset)) => match self.slots.get(index) {
+                Some(slot) => lock(slot).read(offset, data),
+                None if index < self.slots.len() + self.spare => mmio::read_empty(offset, data),
+                None => data.fill(0xff),
+            },
             None => data.fill(0xff),
         }
     }
@@ -155,8 +161,10 @@ impl Bus {
     /// The guest writes to memory where there is none.
     pub fn write_memory(&self, address: u64, data: &[u8]) {
         Exits::count(&self.exits.mmio_writes);
-        if let Some((slot, offset)) = self.slot(address, data.len()) {
-            lock(slot).write(offset, data);
+        if let Some((index, offset)) = self.window(address, data.len()) {
+            if let Some(slot) = self.slots.get(index) {
+                lock(slot).write(offset, data);
+            }
         } else if let (Some(timer), Some(offset)) =
             (&self.boot_timer, address.checked_sub(layout::BOOT_TIMER))
         {
@@ -164,11 +172,11 @@ impl Bus {
         }
     }
 
-    fn slot(&self, address: u64, length: usize) -> Option<(&SharedSlot, u64)> {
+    /// The number of the window that an access is in, whether there is a device or not, and where in it.
+    fn window(&self, address: u64, length: usize) -> Option<(usize, u64)> {
         let offset = address.checked_sub(layout::MMIO)?;
-        let slot = self.slots.get(usize::try_from(offset / WINDOW).ok()?)?;
-        let within = offset % WINDOW;
-        (within + length as u64 <= WINDOW).then_some((slot, within))
+        let (index, within) = (usize::try_from(offset / WINDOW).ok()?, offset % WINDOW);
+        (within + length as u64 <= WINDOW).then_some((index, within))
     }
 }
 
@@ -201,6 +209,7 @@ mod tests {
             keyboard: Mutex::new(Keyboard::new(event())),
             boot_timer: Some(BootTimer::start()),
             slots,
+            spare: 1,
             stop: Stop::new(event()),
             exits: Exits::default(),
         }
@@ -215,11 +224,15 @@ mod tests {
             bytes
         };
         assert_eq!(read(layout::MMIO), *b"virt");
-        for address in [layout::MMIO + 0xffe, layout::MMIO + 0x1000, layout::MMIO - 4, 0, u64::MAX - 3] {
+        // The next place is empty: it has no kind of device.
+        assert_eq!(read(layout::MMIO + 0x1000), *b"virt");
+        assert_eq!(read(layout::MMIO + 0x1008), [0; 4]);
+        bus.write_memory(layout::MMIO + 0x1070, &[1, 0, 0, 0]);
+        for address in [layout::MMIO + 0xffe, layout::MMIO + 0x2000, layout::MMIO - 4, 0, u64::MAX - 3] {
             assert_eq!(read(address), [0xff; 4], "{address:#x}");
             bus.write_memory(address, &[0; 4]);
         }
-        assert_eq!(bus.exits.total(), 11);
+        assert_eq!(bus.exits.total(), 14);
     }
 
     #[test]

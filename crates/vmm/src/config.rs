@@ -36,6 +36,13 @@ pub struct Config {
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Places that the guest is told of and finds empty, for network cards that come with a clone. Firecracker has no such
+    /// thing with virtio-mmio.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub spare_places: u8,
+    /// Network cards in those places.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub late_network_interfaces: Vec<NetworkInterface>,
     /// Sockets between guest and host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
@@ -51,6 +58,10 @@ pub struct Config {
     /// Where counters are told.
     #[serde(default, skip_serializing)]
     pub metrics: Option<metrics::Settings>,
+}
+
+fn is_zero(number: &u8) -> bool {
+    *number == 0
 }
 
 /// What the machine starts from.
@@ -202,7 +213,8 @@ impl RateLimiter {
 pub struct NetworkInterface {
     /// Its name.
     pub iface_id: String,
-    /// The tap device of the host that it is connected to.
+    /// The tap device of the host that it is connected to, or `fd:` and the number of a tap's descriptor that this process
+    /// was started with; no device can have such a name.
     pub host_dev_name: String,
     /// Its address; the guest makes one up if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -321,6 +333,9 @@ pub enum Error {
     /// A packet's length.
     #[error("Network config error: the mtu is at least {MTU_MIN}, not {0}")]
     Mtu(u16),
+    /// More cards than were expected.
+    #[error("Network config error: there are {0} spare places, which is not enough")]
+    NoSparePlace(u8),
     /// Root disks.
     #[error("Drive config error: A root block device already exists!")]
     TwoRoots,
@@ -381,13 +396,17 @@ impl Config {
     }
 
     fn check_interfaces(&self) -> Result<(), Error> {
-        for (index, interface) in self.network_interfaces.iter().enumerate() {
-            let (id, earlier) = (&interface.iface_id, &self.network_interfaces[..index]);
-            if !plain(id) || earlier.iter().any(|other| other.iface_id == *id) {
+        if self.late_network_interfaces.len() > self.spare_places.into() {
+            return Err(Error::NoSparePlace(self.spare_places));
+        }
+        let all = || self.network_interfaces.iter().chain(&self.late_network_interfaces);
+        for (index, interface) in all().enumerate() {
+            let (id, mut earlier) = (&interface.iface_id, all().take(index));
+            if !plain(id) || earlier.clone().any(|other| other.iface_id == *id) {
                 return Err(Error::InterfaceId(id.clone()));
             }
             if let Some(mac) = interface.guest_mac
-                && earlier.iter().any(|other| other.guest_mac == Some(mac))
+                && earlier.any(|other| other.guest_mac == Some(mac))
             {
                 return Err(Error::MacInUse(mac));
             }
@@ -465,6 +484,11 @@ mod tests {
             r#","network-interfaces":[{"iface_id":"a","host_dev_name":"t","guest_mac":"02:00"}]"#.to_owned(),
             format!(r#","network-interfaces":[{0},{0}]"#, r#"{"iface_id":"a","host_dev_name":"t"}"#),
             format!(r#","network-interfaces":[{},{}]"#, interface("a"), interface("b")),
+            r#","late-network-interfaces":[{"iface_id":"a","host_dev_name":"t"}]"#.to_owned(),
+            format!(
+                r#","spare-places":9,"network-interfaces":[{0}],"late-network-interfaces":[{0}]"#,
+                r#"{"iface_id":"a","host_dev_name":"t"}"#
+            ),
             r#","entropy":{"rate_limiter":{}}"#.to_owned(),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("b", true)),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("a", false)),

@@ -13,11 +13,12 @@ pub fn all() -> Result<(), Failed> {
     ok(&["import", "busybox", IMAGE, "--cmd", "sh"]);
     cold();
     warm();
+    crate::network::all();
     refused();
     Ok(())
 }
 
-fn json(arguments: &[&str]) -> Value {
+pub fn json(arguments: &[&str]) -> Value {
     serde_json::from_str(&ok(arguments)).unwrap()
 }
 
@@ -57,7 +58,7 @@ fn warm() {
         (&"kapsel-vmm".into(), &true.into())
     );
     assert_eq!(run(&["exec", "one", "sh", "-c", "exit 3"]).code, Some(3));
-    let bytes: Vec<u8> = (0..1 << 20).map(|n: u32| (n * 7 + n / 512) as u8).collect();
+    let bytes = pattern(1 << 20);
     let echoed = run_with(&["exec", "-i", "one", "md5sum"], &bytes);
     let expected = md5sum(&bytes);
     assert!(echoed.stdout.starts_with(&expected), "{} is not {expected}; {}", echoed.stdout, echoed.stderr);
@@ -86,8 +87,13 @@ fn held() {
     ok(&["rm", "held"]);
 }
 
+/// Bytes that are at no place the same as at the next sector's.
+pub fn pattern(length: u32) -> Vec<u8> {
+    (0..length).map(|n| (n * 7 + n / 512) as u8).collect()
+}
+
 /// As busybox computes it.
-fn md5sum(bytes: &[u8]) -> String {
+pub fn md5sum(bytes: &[u8]) -> String {
     let file = std::env::temp_dir().join("sum");
     std::fs::write(&file, bytes).unwrap();
     let output = std::process::Command::new("md5sum").arg(&file).output().unwrap();

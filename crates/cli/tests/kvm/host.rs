@@ -25,6 +25,12 @@ const DYNAMIC: [&str; 3] = ["kapsel", "containerd-shim-kapsel-v2", "kapsel-fsd"]
 /// Linked statically.
 const STATIC: [&str; 2] = ["guest/kapsel-agent", "static/kapsel-vmm"];
 
+/// What the box's kernel needs to connect a namespace and to redirect its frames.
+const MODULES: [&str; 4] =
+    ["drivers/net/veth", "net/sched/sch_ingress", "net/sched/cls_u32", "net/sched/act_mirred"];
+/// iproute2's, in the box: busybox's cannot make pairs.
+const IP: &str = "/opt/ip";
+
 /// Puts programs, kernel and image in the box.
 pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
     let built = Path::new(env!("CARGO_BIN_EXE_kapsel")).parent().unwrap();
@@ -37,6 +43,7 @@ pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
         assert!(program.exists(), "{} is not there; `make build` makes it", program.display());
         kvm_box = kvm_box.file(program, Path::new(PROGRAMS).join(name));
     }
+    kvm_box = MODULES.into_iter().fold(kvm_box.program("/bin/ip", IP)?, KvmBox::module);
     let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let kernel = Kernel::ensure(&temporary.join("data"), &KernelSource::Debian, &mut |_| {})?;
     for file in files(kernel.vmlinux.parent().unwrap()) {
@@ -62,7 +69,7 @@ fn rootfs() -> Vec<u8> {
         tar = tar.dir(dir);
     }
     tar = tar.executable("bin/busybox", fs::read(BUSYBOX).unwrap());
-    for tool in ["sh", "cat", "echo", "hostname", "md5sum", "sleep", "true", "uname"] {
+    for tool in ["sh", "cat", "echo", "hostname", "ip", "md5sum", "nc", "sleep", "true", "uname"] {
         tar = tar.symlink(format!("bin/{tool}"), "busybox");
     }
     tar.build()
@@ -119,6 +126,15 @@ pub fn ok(arguments: &[&str]) -> String {
     let ran = run(arguments);
     assert_eq!(ran.code, Some(0), "kapsel {arguments:?}: {}\n{}", ran.stderr, logs());
     ran.stdout
+}
+
+/// Runs `ip` with arguments and gives what it printed.
+#[track_caller]
+pub fn ip(arguments: &str) -> String {
+    let program = if kapsel_kvmbox::inside() { IP } else { "ip" };
+    let ran = Command::new(program).args(arguments.split(' ')).output().expect("ip starts");
+    assert!(ran.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&ran.stderr));
+    String::from_utf8_lossy(&ran.stdout).into_owned()
 }
 
 /// What kapsel's other processes wrote.

@@ -7,6 +7,7 @@
 
 mod containers;
 mod host;
+mod network;
 
 use std::process::ExitCode;
 

@@ -86,6 +86,20 @@ const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"kaps");
 
+/// The guest reads at `offset` of a place that is announced and has no device: a placeholder, which drivers leave alone
+/// (section 4.2.2).
+pub fn read_empty(offset: u64, data: &mut [u8]) {
+    let value: u32 = match offset {
+        register::MAGIC => MAGIC,
+        register::VERSION => VERSION,
+        _ => 0,
+    };
+    match <&mut [u8; 4]>::try_from(&mut *data) {
+        Ok(word) => *word = value.to_le_bytes(),
+        Err(_) => data.fill(0),
+    }
+}
+
 /// A device's place on the bus, whatever the device is.
 pub trait Slot: Send {
     /// The guest reads at `offset` of the device's window.

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::{Error, HEADER};
 use crate::chain::Buffers;
 
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+const TUNGETIFF: libc::Ioctl = 0x8004_54d2;
 const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 pub(super) const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
 
@@ -39,12 +40,18 @@ impl From<std::os::unix::net::UnixDatagram> for Tap {
 }
 
 impl Tap {
-    /// Attaches to the tap device of that name, which is made if it is not there and this user may.
+    /// Attaches to the tap device of that name, which is made if it is not there and this user may. `fd:` and a number is
+    /// the tap that this process has open as that descriptor.
     ///
     /// # Errors
     /// [`Error`] when there is none, when it is not this user's, or when somebody else is attached to it.
     pub fn open(name: &str) -> Result<Self, Error> {
         let failed = |source| Error::Tap { name: name.to_owned(), source };
+        // The kernel gives no device a name with a colon.
+        if let Some(number) = name.strip_prefix("fd:") {
+            let number = number.parse::<u16>().map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+            return Self::inherited(number.into()).map_err(failed);
+        }
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', '%']) {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "no device can have this name")));
         }
@@ -59,10 +66,39 @@ impl Tap {
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
         // SAFETY: the request reads and writes an ifreq.
         tap.ioctl(unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNSETIFF, &mut request) }).map_err(failed)?;
+        tap.set_header().map_err(failed)?;
+        Ok(tap)
+    }
+
+    /// A copy of the descriptor of that number, which stays open.
+    fn inherited(number: RawFd) -> io::Result<Self> {
+        // SAFETY: a number that is no open descriptor is refused; one that is becomes a new descriptor, owned by nobody else.
+        let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+        if copy < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above.
+        let tap = Tap { file: unsafe { File::from_raw_fd(copy) } };
+        // SAFETY: integers and a union of them, for which zero is a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: the request writes an ifreq. What is no tap refuses it: its number is of no other kind of file.
+        tap.ioctl(unsafe { libc::ioctl(copy, TUNGETIFF, &mut request) })?;
+        // SAFETY: every one of the union's members is integers, of which this one was written.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        let (all, wanted) =
+            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR, "a tap with virtio headers");
+        if flags & all != all {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is not {wanted}")));
+        }
+        rustix::io::ioctl_fionbio(&tap.file, true)?;
+        tap.set_header()?;
+        Ok(tap)
+    }
+
+    fn set_header(&self) -> io::Result<()> {
         let size = HEADER as libc::c_int;
         // SAFETY: the request reads an int.
-        tap.ioctl(unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNSETVNETHDRSZ, &size) }).map_err(failed)?;
-        Ok(tap)
+        self.ioctl(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &size) })
     }
 
     fn ioctl(&self, result: libc::c_int) -> io::Result<()> {

@@ -152,7 +152,7 @@ fn the_driver_learns_address_and_mtu() {
 
 #[test]
 fn names_that_no_device_can_have_are_refused() {
-    for name in ["", "a/b", "a-name-of-sixteen", "tap%d"] {
+    for name in ["", "a/b", "a-name-of-sixteen", "tap%d", "fd:", "fd:-1", "fd:0", "fd:65535"] {
         assert!(matches!(check(name), Err(Error::Tap { .. })), "{name}");
     }
 }

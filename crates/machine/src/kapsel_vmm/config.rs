@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::paths;
-use crate::MachineSpec;
+use super::{NICS_MAX, TAPS, paths};
 use crate::spec::NEEDLESS;
+use crate::{MachineSpec, Nic};
 
 /// The guest's address on its vsock. Each machine has a device of its own, so they may all have the same.
 const CID: u32 = 3;
@@ -38,10 +38,27 @@ pub(super) fn of(spec: &MachineSpec) -> Value {
         },
         "machine-config": { "vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_mib },
         "drives": drives.collect::<Vec<_>>(),
+        "spare-places": NICS_MAX,
         "vsock": { "guest_cid": CID, "uds_path": paths::VSOCK },
         "balloon": { "amount_mib": 0, "deflate_on_oom": true, "free_page_reporting": true },
         "entropy": {},
     })
+}
+
+/// The same with what a clone would bring: its network interfaces.
+pub(super) fn with_nics(spec: &MachineSpec) -> Value {
+    let mut config = of(spec);
+    config["late-network-interfaces"] = nics(spec);
+    config
+}
+
+/// The network interfaces. Their taps are open in the jail.
+pub(super) fn nics(spec: &MachineSpec) -> Value {
+    let nic = |(n, nic): (usize, &Nic)| {
+        let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+        json!({ "iface_id": format!("nic{n}"), "host_dev_name": format!("fd:{}", TAPS + n as i32), "guest_mac": mac })
+    };
+    spec.nics.iter().enumerate().map(nic).collect()
 }
 
 #[cfg(test)]

@@ -26,7 +26,13 @@ const NAME: &str = "kapsel-vmm";
 
 /// What it can do.
 const CAPABILITIES: Capabilities =
-    Capabilities { snapshot: true, shares: false, nics: false, tcg: false, vcpus: 32, memory_mib: 64 * 1024 };
+    Capabilities { snapshot: true, shares: false, nics: true, tcg: false, vcpus: 32, memory_mib: 64 * 1024 };
+
+/// The most network interfaces. The guest knows of a place for each, and finds it empty unless there is one.
+const NICS_MAX: usize = 8;
+
+/// The descriptor of the first interface's tap in the jail; the others follow.
+const TAPS: i32 = 10;
 
 /// Paths in the jail.
 mod paths {
@@ -119,6 +125,7 @@ impl Monitor for KapselVmm {
             "snapshot_path": paths::SAVED_STATE,
             "mem_backend": { "backend_type": "File", "backend_path": paths::SAVED_MEMORY },
             "resume_vm": true,
+            "network_additions": config::nics(spec),
         });
         machine::ask(&process, &api, "load the saved machine", api::Request::put("/snapshot/load", load))
             .await?;
@@ -134,8 +141,11 @@ fn check(spec: &MachineSpec) -> Result<()> {
     if !spec.shares.is_empty() {
         return unsupported("share directories");
     }
-    if !spec.nics.is_empty() {
-        return unsupported("have network interfaces in kapsel's machines");
+    if spec.nics.len() > NICS_MAX {
+        return invalid(format!("{} network interfaces; it can have {NICS_MAX}", spec.nics.len()));
+    }
+    if spec.template && !spec.nics.is_empty() {
+        return invalid("a template cannot have network interfaces: its clones bring them".into());
     }
     if spec.accel != Accel::Kvm {
         return unsupported("do without KVM");
@@ -161,7 +171,7 @@ fn check(spec: &MachineSpec) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Disk, Identity, JailOptions, Share};
+    use crate::{Disk, Identity, JailOptions, Nic, Share};
 
     pub(super) fn spec() -> MachineSpec {
         MachineSpec {
@@ -208,6 +218,14 @@ mod tests {
         ] {
             assert!(matches!(refused(change).await, Error::Invalid { .. }));
         }
+        let nic = Nic { mac: [2; 6], tap: Arc::new(std::fs::File::open("/dev/null").unwrap().into()) };
+        let error = refused(&|spec| spec.nics = vec![nic.clone(); 9]).await;
+        assert!(error.to_string().contains("9 network interfaces; it can have 8"), "{error}");
+        let template = |spec: &mut MachineSpec| {
+            spec.template = true;
+            spec.nics.push(nic.clone());
+        };
+        assert!(matches!(refused(&template).await, Error::Invalid { .. }));
         let error = monitor.boot(&spec()).await.err().unwrap();
         assert!(error.to_string().contains("/nowhere/kapsel-vmm"), "{error}");
     }

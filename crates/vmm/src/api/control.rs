@@ -306,7 +306,8 @@ impl Running {
     }
 
     fn patch_interface(&mut self, update: InterfaceUpdate, machine: &Machine) -> Result<Answer, Fault> {
-        let mut interfaces = self.config.network_interfaces.iter_mut();
+        let config = &mut self.config;
+        let mut interfaces = config.network_interfaces.iter_mut().chain(&mut config.late_network_interfaces);
         let interface = interfaces.find(|interface| interface.iface_id == update.iface_id);
         let interface = interface.ok_or_else(|| Fault::NoInterface(update.iface_id.clone()))?;
         let limits = |limiter: Option<RateLimiter>| limiter.unwrap_or_default().into();

@@ -68,6 +68,10 @@ pub struct Load {
     /// Other taps for network cards.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
+    /// Network cards that the saved machine did not have. They come into its spare places, where its driver has to look for
+    /// them again.
+    #[serde(default)]
+    pub network_additions: Vec<config::NetworkInterface>,
     /// Another socket for the socket device.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
@@ -135,10 +139,11 @@ impl Load {
     /// Makes the changes to what the machine is made of.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] when there is nothing to change.
+    /// [`Error::NoDevice`] when there is nothing to change, [`Error::Config`] when there is no place for something new.
     pub fn apply(&self, config: &mut config::Config) -> Result<(), Error> {
         for change in &self.network_overrides {
-            let mut interfaces = config.network_interfaces.iter_mut();
+            let mut interfaces =
+                config.network_interfaces.iter_mut().chain(&mut config.late_network_interfaces);
             let interface = interfaces.find(|interface| interface.iface_id == change.iface_id);
             let interface = interface.ok_or_else(|| Error::NoDevice(change.iface_id.clone()))?;
             interface.host_dev_name.clone_from(&change.host_dev_name);
@@ -146,6 +151,10 @@ impl Load {
         if let Some(change) = &self.vsock_override {
             let vsock = config.vsock.as_mut().ok_or_else(|| Error::NoDevice("vsock".into()))?;
             vsock.uds_path.clone_from(&change.uds_path);
+        }
+        if !self.network_additions.is_empty() {
+            config.late_network_interfaces.extend_from_slice(&self.network_additions);
+            config.check()?;
         }
         config.machine_config.track_dirty_pages = self.track_dirty_pages || self.enable_diff_snapshots;
         Ok(())
