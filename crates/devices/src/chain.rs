@@ -154,6 +154,15 @@ impl<'m> Buffers<'m> {
         })
     }
 
+    /// Copies bytes from the front without consuming them, as many as there are and as fit, and says how many.
+    pub fn peek(&self, into: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in &self.slices {
+            done += slice.copy_to(&mut into[done..]);
+        }
+        done
+    }
+
     /// Reads a plain value.
     ///
     /// # Errors

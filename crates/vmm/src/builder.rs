@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kapsel_devices::mmio::{Transport, register};
+use kapsel_devices::net::metadata::Metadata;
 use kapsel_devices::state::{Reader, StateError};
 use kapsel_devices::{Device, Memory, balloon, block, net, rng, vsock};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
@@ -21,6 +22,7 @@ use crate::kernel;
 use crate::keyboard::Keyboard;
 use crate::machine::{Handles, Hardware, Machine};
 use crate::memory;
+use crate::mmds;
 use crate::snapshot::{self, Saved, format::State};
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
@@ -87,6 +89,8 @@ pub enum Error {
 pub struct Surroundings {
     /// How its threads are confined.
     pub policy: Policy,
+    /// What the guest can read, where the configuration lets it.
+    pub mmds: mmds::Shared,
     /// What takes the time until the guest has booted, if anything does.
     pub boot_timer: Option<BootTimer>,
 }
@@ -187,7 +191,8 @@ impl Parts {
         let vm = create_vm(&kvm, &memory)?;
         let drained = event()?;
         let console = console(line(&vm, layout::SERIAL_GSI)?, drained.try_clone()?)?;
-        let Slots { slots, mut places, handles, .. } = create_devices(&vm, &memory, config)?;
+        let Slots { slots, mut places, handles, .. } =
+            create_devices(&vm, &memory, config, &surroundings.mmds)?;
         let spare = usize::from(config.spare_places) - config.late_network_interfaces.len();
         for index in slots.len()..slots.len() + spare {
             places.push(Place::of(index).ok_or(Error::TooManyDevices)?);
@@ -217,7 +222,15 @@ impl Parts {
         let processors = Processors::start(self.vcpus, &self.bus, &filter)?;
         let filter = policy.filter(Thread::EventLoop, &self.calls.event_loop)?;
         let hardware = Hardware { msrs, vm: self.vm, memory: self.memory, served: None };
-        Ok(Machine::new(processors, self.bus, self.handles, self.drained, filter, hardware)?)
+        Ok(Machine::new(
+            processors,
+            self.bus,
+            self.handles,
+            self.drained,
+            filter,
+            surroundings.mmds.clone(),
+            hardware,
+        )?)
     }
 }
 
@@ -270,8 +283,17 @@ fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
     Ok(line)
 }
 
-fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Result<Slots<'a>, Error> {
+fn create_devices<'a>(
+    vm: &'a VmFd,
+    memory: &'a Memory,
+    config: &Config,
+    mmds: &mmds::Shared,
+) -> Result<Slots<'a>, Error> {
     let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new(), handles: Handles::default() };
+    let served = config.mmds_config.as_ref().map(|config| (config, mmds));
+    if let Some((config, mmds)) = served {
+        lock(mmds).configure(config);
+    }
     for drive in config.ordered_drives() {
         let name = &drive.drive_id;
         let block = block::Block::new(block::Config {
@@ -284,7 +306,7 @@ fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Resu
         let disk = slots.plug(block, Some(name))?;
         slots.handles.disks.push((name.clone(), disk));
     }
-    config.network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface))?;
+    config.network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface, served))?;
     if let Some(vsock) = &config.vsock {
         slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?, None)?;
     }
@@ -301,7 +323,7 @@ fn create_devices<'a>(vm: &'a VmFd, memory: &'a Memory, config: &Config) -> Resu
         slots.plug(rng::Rng::new(), None)?;
     }
     // After all others, whose places are those of the saved machine.
-    config.late_network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface))?;
+    config.late_network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface, served))?;
     Ok(slots)
 }
 
@@ -314,16 +336,23 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
-    fn plug_card(&mut self, interface: &NetworkInterface) -> Result<(), Error> {
+    fn plug_card(
+        &mut self,
+        interface: &NetworkInterface,
+        mmds: Option<(&mmds::Config, &mmds::Shared)>,
+    ) -> Result<(), Error> {
         let limits = |limiter: Option<RateLimiter>| limiter.unwrap_or_default().into();
         let name = &interface.iface_id;
-        let card = net::Net::new(net::Config {
+        let mut card = net::Net::new(net::Config {
             tap: interface.host_dev_name.clone(),
             mac: interface.guest_mac.map(|mac| mac.0),
             mtu: interface.mtu,
             receive: limits(interface.rx_rate_limiter),
             transmit: limits(interface.tx_rate_limiter),
         })?;
+        if let Some((config, mmds)) = mmds.filter(|(config, _)| config.network_interfaces.contains(name)) {
+            card.serve(Metadata::new(config.address(), mmds.clone()))?;
+        }
         let card = self.plug(card, Some(name))?;
         self.handles.interfaces.push((name.clone(), card));
         Ok(())

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mac::Mac;
 use crate::memory::HugePages;
-use crate::{log, metrics};
+use crate::{log, metrics, mmds};
 
 /// Most processors of a machine.
 pub const CPUS_MAX: u8 = 32;
@@ -52,6 +52,9 @@ pub struct Config {
     /// The entropy device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// The metadata service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<mmds::Config>,
     /// The log.
     #[serde(default, skip_serializing)]
     pub logger: Option<log::Settings>,
@@ -336,6 +339,9 @@ pub enum Error {
     /// More cards than were expected.
     #[error("Network config error: there are {0} spare places, which is not enough")]
     NoSparePlace(u8),
+    /// The metadata service. The word is Firecracker's.
+    #[error("MMMDS config error: {0}")]
+    Mmds(#[from] mmds::ConfigError),
     /// Root disks.
     #[error("Drive config error: A root block device already exists!")]
     TwoRoots,
@@ -414,6 +420,9 @@ impl Config {
                 return Err(Error::Mtu(mtu));
             }
         }
+        if let Some(mmds) = &self.mmds_config {
+            mmds.check(all().map(|interface| interface.iface_id.as_str()))?;
+        }
         Ok(())
     }
 
@@ -489,6 +498,7 @@ mod tests {
                 r#","spare-places":9,"network-interfaces":[{0}],"late-network-interfaces":[{0}]"#,
                 r#"{"iface_id":"a","host_dev_name":"t"}"#
             ),
+            r#","mmds-config":{"network_interfaces":["a"]}"#.to_owned(),
             r#","entropy":{"rate_limiter":{}}"#.to_owned(),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("b", true)),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("a", false)),

@@ -9,8 +9,10 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use kapsel_devices::mmio::{Slot, Transport};
+use kapsel_devices::net::metadata::{Metadata, Service};
 use kapsel_devices::state::Reader;
 use kapsel_devices::{Memory, balloon, block, rng};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -22,6 +24,7 @@ use crate::config::Config;
 use crate::console::Console;
 use crate::kernel::{self, Initrd};
 use crate::keyboard::Keyboard;
+use crate::mmds;
 use crate::snapshot::{self, Saved, format::State};
 use crate::x86::boot;
 use crate::x86::state::{MachineState, ProcessorState};
@@ -159,6 +162,41 @@ fn devices(memory: &Memory, disk: &MemoryFile) -> Vec<Box<dyn Slot>> {
     ]
 }
 
+/// What a guest sends to the metadata service: frames, each after its length in two bytes. Neither many nor odd ones
+/// may make it grow.
+pub fn fuzz_metadata(data: &[u8]) {
+    let Ok(store) = metadata() else { return };
+    let mut service = Metadata::new(mmds::DEFAULT_ADDRESS, Arc::new(Mutex::new(store)));
+    let mut rest = data;
+    while let Some((length, after)) = rest.split_first_chunk::<2>() {
+        let (frame, after) = after.split_at(after.len().min(u16::from_le_bytes(*length).into()));
+        service.accept(frame.to_vec());
+        rest = after;
+    }
+    let waiting = std::iter::from_fn(|| service.next_frame()).take(10_000).count();
+    assert!(waiting < 10_000, "it talks without end");
+}
+
+/// What a guest asks the metadata service.
+pub fn fuzz_metadata_requests(data: &[u8]) {
+    let Ok(mut store) = metadata() else { return };
+    let mut rest = data;
+    while let Some(answer) = store.answer(rest) {
+        assert!((1..=rest.len()).contains(&answer.used) && answer.bytes.len() < 4096 + data.len());
+        rest = &rest[answer.used..];
+        if answer.last {
+            break;
+        }
+    }
+}
+
+fn metadata() -> io::Result<mmds::Store> {
+    let mut store = mmds::Store::new(1024)?;
+    let document = serde_json::json!({"name": {"first": "John"}, "age": 43, "list": [1, {"a": "b"}]});
+    store.put(document).map_err(io::Error::other)?;
+    Ok(store)
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant, SystemTime};
@@ -255,6 +293,29 @@ mod tests {
             b"[[[[[[[[[[[[[[[[",
         ];
         run("requests", &words, fuzz_requests, |_| {});
+    }
+
+    #[test]
+    fn metadata() {
+        let words: [&[u8]; 6] = [
+            &[169, 254, 169, 254],
+            &[8, 0, 0x45, 0],
+            &[0, 80, 0x50, 2],
+            &[8, 6, 0, 1],
+            &[0x50, 0x11],
+            &[0x50, 0x04],
+        ];
+        run("metadata", &words, fuzz_metadata, |_| {});
+        let words: [&[u8]; 7] = [
+            b"\r\n\r\n",
+            b"Content-Length: 3\r\n",
+            b"X-metadata-token-ttl-seconds: 60\r\n",
+            b"X-metadata-token: ",
+            b"PUT /latest/api/token HTTP/1.1\r\n",
+            b"http://",
+            b"//~1~0",
+        ];
+        run("metadata-requests", &words, fuzz_metadata_requests, |_| {});
     }
 
     #[test]

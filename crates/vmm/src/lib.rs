@@ -18,6 +18,7 @@ pub mod mac;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod mmds;
 pub mod snapshot;
 mod vcpu;
 pub mod x86;

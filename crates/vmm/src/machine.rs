@@ -24,6 +24,7 @@ use crate::config::Config;
 use crate::confine::Filter;
 use crate::events::{Events, Source};
 use crate::metrics::{self, Metrics};
+use crate::mmds;
 use crate::snapshot::{self, format::Sections};
 use crate::vcpu::Processors;
 use crate::x86::state;
@@ -70,6 +71,7 @@ pub struct Machine {
     filter: Filter,
     metrics: Metrics,
     flush: Timer,
+    mmds: mmds::Shared,
     hardware: Hardware,
 }
 
@@ -97,6 +99,7 @@ impl Machine {
         handles: Handles,
         drained: EventFd,
         filter: Filter,
+        mmds: mmds::Shared,
         hardware: Hardware,
     ) -> io::Result<Self> {
         let mut events = Events::new()?;
@@ -122,6 +125,7 @@ impl Machine {
             filter,
             metrics: Metrics::default(),
             flush,
+            mmds,
             hardware,
         };
         machine.watch_input(drained)?;
@@ -232,6 +236,8 @@ impl Machine {
                 }
             }
         }
+        let mmds = lock(&self.mmds).counters();
+        counters.extend(mmds.map(|(name, count)| (("mmds".to_owned(), name), count)));
         self.metrics.flush(counters)
     }
 

@@ -2,21 +2,22 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use kapsel_vmm::api::Server;
 use kapsel_vmm::api::control::{Answer, Builder, Next, PreBoot};
+use kapsel_vmm::api::{BODY_MAX, Server};
 use kapsel_vmm::boot_timer::{BootTimer, processor_time};
 use kapsel_vmm::builder::{self, Surroundings};
 use kapsel_vmm::config::Config;
 use kapsel_vmm::confine::{self, Policy, Thread};
 use kapsel_vmm::machine::{End, Machine};
 use kapsel_vmm::metrics::{Metrics, Startup};
-use kapsel_vmm::{log, metrics, snapshot};
+use kapsel_vmm::{log, metrics, mmds, snapshot};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Run one microVM. Its serial console is the standard input and output; the exit status is 0 when the guest powers itself
@@ -44,6 +45,12 @@ struct Options {
     /// Say in the log how long the guest took to boot, when it writes 123 to the byte at 0xc0000000
     #[arg(long)]
     boot_timer: bool,
+    /// The longest metadata, as JSON in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = BODY_MAX)]
+    mmds_size_limit: usize,
+    /// A JSON file with the metadata to begin with
+    #[arg(long, value_name = "FILE")]
+    metadata: Option<PathBuf>,
     /// When the process was started, in microseconds of the monotonic clock; a jailer says so
     #[arg(long, value_name = "TIME", hide_short_help = true)]
     start_time_us: Option<u64>,
@@ -113,6 +120,17 @@ impl Options {
         Ok(metrics)
     }
 
+    /// What the guest can read.
+    fn mmds(&self) -> Result<mmds::Shared> {
+        let mut store = mmds::Store::new(self.mmds_size_limit).context("the host gives no random numbers")?;
+        if let Some(path) = &self.metadata {
+            let failed = || format!("cannot take the metadata from {}", path.display());
+            let document = serde_json::from_slice(&read(path).with_context(failed)?).with_context(failed)?;
+            store.put(document).with_context(failed)?;
+        }
+        Ok(Arc::new(Mutex::new(store)))
+    }
+
     fn policy(&self) -> Result<Policy, confine::Error> {
         match &self.seccomp_filter {
             _ if self.no_seccomp => Ok(Policy::Off),
@@ -130,10 +148,20 @@ fn instance_id(id: &str) -> Result<String, String> {
     }
 }
 
-/// A configuration is small; what is larger is some other file, in bytes.
-const CONFIG_MAX: u64 = 1 << 20;
+/// Configurations and metadata are small; what is larger is some other file, in bytes.
+const FILE_MAX: u64 = 1 << 20;
+
+/// Has all threads allocate from one heap. They rarely do, and a heap for each would cost memory; and glibc opens a file of
+/// /proc before it makes such a heap smaller, which no confined thread may.
+fn share_heap() {
+    // SAFETY: the call sets a number of glibc's, and no other thread is there yet.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } == 0 {
+        tracing::debug!("threads have heaps of their own");
+    }
+}
 
 fn main() -> Result<ExitCode> {
+    share_heap();
     let options = Options::parse();
     if options.snapshot_version {
         println!("v{}", snapshot::format::VERSION);
@@ -146,13 +174,14 @@ fn main() -> Result<ExitCode> {
     }
     let boot_timer = options.boot_timer.then(BootTimer::start);
     confine::install_trap(options.start_log()?)?;
-    let surroundings = Surroundings { policy: options.policy()?, boot_timer };
+    let mmds = options.mmds()?;
+    let surroundings = Surroundings { policy: options.policy()?, mmds: mmds.clone(), boot_timer };
     let filter = surroundings.policy.filter(Thread::Api, &confine::api())?;
     let server = (!options.no_api).then(|| Server::start(&options.api_sock, filter)).transpose();
     let server = server.with_context(|| format!("cannot listen at {}", options.api_sock.display()))?;
     let builder = ConsoleBuilder(surroundings);
     let metrics = options.metrics()?;
-    let pre_boot = |config| PreBoot::new(options.id.clone(), config, metrics);
+    let pre_boot = |config| PreBoot::new(options.id.clone(), config, metrics, mmds);
     let mut machine = match (&options.config_file, server) {
         (Some(path), server) => {
             let (running, mut machine) = pre_boot(read_config(path)?)?.start(&builder)?;
@@ -207,15 +236,18 @@ fn wait_for_start(mut pre_boot: PreBoot, server: Server, builder: &ConsoleBuilde
     bail!("the API has ended")
 }
 
-/// Starts the log and gives its descriptor, which stays open.
-fn read_config(path: &std::path::Path) -> Result<Config> {
-    let failed = || format!("cannot read the configuration {}", path.display());
-    let mut json = Vec::new();
-    let file = std::fs::File::open(path).with_context(failed)?;
-    let read =
-        io::Read::read_to_end(&mut io::Read::take(file, CONFIG_MAX + 1), &mut json).with_context(failed)?;
-    if read as u64 > CONFIG_MAX {
-        bail!("{}: it is larger than {CONFIG_MAX} bytes", failed());
-    }
+fn read_config(path: &Path) -> Result<Config> {
+    let json = read(path).with_context(|| format!("cannot read the configuration {}", path.display()))?;
     Config::parse(&json).with_context(|| format!("in {}", path.display()))
+}
+
+/// All of a file, which is small.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path)?;
+    let read = io::Read::read_to_end(&mut io::Read::take(file, FILE_MAX + 1), &mut bytes)?;
+    if read as u64 > FILE_MAX {
+        bail!("it is larger than {FILE_MAX} bytes");
+    }
+    Ok(bytes)
 }

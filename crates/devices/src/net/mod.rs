@@ -5,6 +5,7 @@
 //! keeps those behind it, and drops what is too much.
 
 mod counters;
+pub mod metadata;
 mod receive;
 mod tap;
 
@@ -25,8 +26,10 @@ use virtio_bindings::virtio_net::{
 use crate::calls::{SystemCall, SystemCalls, any, only};
 use crate::queue::{Position, Queue, QueueError};
 use crate::rate::{Limiter, Limits};
+use crate::timer::Timer;
 use crate::{Activation, Device, Event, Kind, Metric};
 use counters::Counters;
+use metadata::Metadata;
 use receive::Receiver;
 use tap::{Tap, offload};
 
@@ -42,6 +45,7 @@ const TRANSMIT: usize = 1;
 const TAP: u64 = 0;
 const RECEIVE_LIMIT: u64 = 1;
 const TRANSMIT_LIMIT: u64 = 2;
+const METADATA: u64 = 3;
 
 /// Frames move, and the limiters' timers are set.
 const CALLS: &[SystemCall] =
@@ -97,7 +101,9 @@ pub fn check(tap: &str) -> Result<(), Error> {
 pub struct Net {
     config: Config,
     tap: Tap,
-    /// Stands for the tap and both timers.
+    /// A service of the monitor's, and when it has to go on by itself.
+    metadata: Option<(Metadata, Timer)>,
+    /// Stands for the tap and the timers.
     epoll: OwnedFd,
     receiver: Receiver,
     receive_limiter: Limiter,
@@ -130,6 +136,7 @@ impl Net {
         Ok(Net {
             config,
             tap,
+            metadata: None,
             epoll,
             receiver,
             receive_limiter,
@@ -138,6 +145,18 @@ impl Net {
             unsent: false,
             queues: None,
         })
+    }
+
+    /// Has the guest find a service behind the card, which no frame leaves for.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn serve(&mut self, metadata: Metadata) -> Result<(), Error> {
+        let timer = Timer::new()?;
+        let data = epoll::EventData::new_u64(METADATA);
+        epoll::add(&self.epoll, &timer, data, epoll::EventFlags::IN).map_err(io::Error::from)?;
+        self.metadata = Some((metadata, timer));
+        Ok(())
     }
 
     /// Changes how fast the guest may receive and send; limits that are absent stay.
@@ -167,13 +186,14 @@ impl Net {
 
     /// Finds out what the device was woken for.
     fn wake(&mut self) {
-        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 3];
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 4];
         let now = rustix::time::Timespec::default();
         let Ok((ready, _)) = epoll::wait(&self.epoll, &mut events, Some(&now)) else { return };
         for event in ready {
             match event.data.u64() {
                 RECEIVE_LIMIT => self.receive_limiter.wake(),
                 TRANSMIT_LIMIT => self.transmit_limiter.wake(),
+                METADATA => self.metadata.iter().for_each(|(_, timer)| timer.clear()),
                 _ => {
                     self.counters.rx_tap_event_count += 1;
                     self.receiver.tap_has_frames();
@@ -186,6 +206,7 @@ impl Net {
     fn transmit(&mut self) -> Result<bool, QueueError> {
         let Some([_, queue]) = &mut self.queues else { return Ok(false) };
         let (tap, limiter, counters) = (&self.tap, &mut self.transmit_limiter, &mut self.counters);
+        let metadata = &mut self.metadata;
         queue.serve(|chain| {
             let frame = match chain {
                 Ok(chain) => chain.readable,
@@ -198,6 +219,9 @@ impl Net {
             let length = frame.len();
             if length <= HEADER as u64 || length > FRAME_MAX as u64 {
                 counters.tx_malformed_frames += 1;
+                return Some(0);
+            }
+            if metadata.as_mut().is_some_and(|(metadata, _)| metadata.takes(&frame)) {
                 return Some(0);
             }
             if !limiter.admits(length - HEADER as u64) {
@@ -220,7 +244,16 @@ impl Net {
 
     fn receive(&mut self) -> Result<bool, QueueError> {
         let Some([queue, _]) = &mut self.queues else { return Ok(false) };
-        self.receiver.receive(&self.tap, queue, &mut self.receive_limiter, &mut self.counters)
+        let (limiter, counters) = (&mut self.receive_limiter, &mut self.counters);
+        let metadata = self.metadata.as_mut().map(|(metadata, _)| metadata);
+        let more = self.receiver.receive(&self.tap, metadata, queue, limiter, counters)?;
+        if let Some((metadata, timer)) = &mut self.metadata {
+            match metadata.delay() {
+                Some(delay) => timer.once(delay),
+                None => timer.stop(),
+            }
+        }
+        Ok(more)
     }
 }
 
@@ -280,6 +313,10 @@ impl Device for Net {
         self.transmit_limiter.rest();
         (self.queues, self.unsent) = (None, false);
         self.receiver = Receiver::default();
+        if let Some((metadata, timer)) = &mut self.metadata {
+            metadata.reset();
+            timer.stop();
+        }
         self.set_offloads(0);
     }
 
@@ -304,7 +341,11 @@ impl Device for Net {
 
     fn handle(&mut self, event: Event) -> Result<bool, QueueError> {
         match event {
-            Event::Queue(TRANSMIT) => self.transmit(),
+            Event::Queue(TRANSMIT) => {
+                let more = self.transmit()?;
+                // The service's answers; there is no other event for them.
+                Ok(if self.metadata.is_some() { self.receive()? | more } else { more })
+            }
             Event::Source(_) => {
                 self.wake();
                 self.unsent = self.transmit()?;

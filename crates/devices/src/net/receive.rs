@@ -3,6 +3,7 @@
 use std::io;
 
 use super::counters::Counters;
+use super::metadata::Metadata;
 use super::tap::Tap;
 use super::{FRAME_MAX, HEADER};
 use crate::queue::{Queue, QueueError, Request};
@@ -11,7 +12,7 @@ use crate::rate::Limiter;
 /// Where the header says over how many buffers the frame goes.
 const BUFFERS: std::ops::Range<usize> = 10..12;
 
-/// Has at most one frame of the tap's that the guest has not taken.
+/// Has at most one frame that the guest has not taken.
 #[derive(Debug, Default)]
 pub struct Receiver {
     /// Whether a frame may go over several buffers.
@@ -41,13 +42,14 @@ impl Receiver {
     pub fn receive(
         &mut self,
         tap: &Tap,
+        mut metadata: Option<&mut Metadata>,
         queue: &mut Queue,
         limiter: &mut Limiter,
         counters: &mut Counters,
     ) -> Result<bool, QueueError> {
         let mut more = true;
         for _ in 0..queue.size() {
-            let Some(length) = self.next(tap, counters) else {
+            let Some(length) = self.next(tap, metadata.as_deref_mut(), counters) else {
                 more = false;
                 break;
             };
@@ -62,8 +64,15 @@ impl Receiver {
         Ok(more)
     }
 
-    /// The frame that waits, or the tap's next one.
-    fn next(&mut self, tap: &Tap, counters: &mut Counters) -> Option<usize> {
+    /// The frame that waits, or the next one: the service's, or the tap's.
+    fn next(&mut self, tap: &Tap, metadata: Option<&mut Metadata>, counters: &mut Counters) -> Option<usize> {
+        if self.waiting.is_none()
+            && let Some(frame) = metadata.and_then(Metadata::next_frame)
+        {
+            self.frame.resize(FRAME_MAX, 0);
+            self.frame[..frame.len()].copy_from_slice(&frame);
+            self.waiting = Some(frame.len());
+        }
         while self.waiting.is_none() && self.more {
             self.frame.resize(FRAME_MAX, 0);
             match tap.receive(&mut self.frame) {

@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 
 use super::fault::Fault;
 use super::request::{DriveUpdate, InterfaceUpdate, Request};
+use crate::bus::lock;
 use crate::config::{BootSource, Config, Drive, NetworkInterface, RateLimiter};
 use crate::machine::Machine;
 use crate::metrics::Metrics;
-use crate::{builder, confine, log, snapshot};
+use crate::{builder, confine, log, mmds, snapshot};
 
 /// The API of which version of Firecracker this is, as far as it goes.
 pub const API_VERSION: &str = "1.14.0";
@@ -47,6 +48,7 @@ pub struct PreBoot {
     id: String,
     config: Config,
     metrics: Metrics,
+    mmds: mmds::Shared,
 }
 
 /// A machine that was started.
@@ -54,6 +56,7 @@ pub struct Running {
     id: String,
     config: Config,
     paused: bool,
+    mmds: mmds::Shared,
 }
 
 /// What a request before the start makes of the machine.
@@ -65,12 +68,12 @@ pub enum Next {
 }
 
 impl PreBoot {
-    /// An instance of that name, with a configuration to begin with.
+    /// An instance of that name, with a configuration to begin with. Its machine's guest reads `mmds`.
     ///
     /// # Errors
     /// When the log or the metrics that it asks for cannot be written.
-    pub fn new(id: String, config: Config, metrics: Metrics) -> Result<Self, Fault> {
-        let mut pre_boot = PreBoot { id, config: Config::default(), metrics };
+    pub fn new(id: String, config: Config, metrics: Metrics, mmds: mmds::Shared) -> Result<Self, Fault> {
+        let mut pre_boot = PreBoot { id, config: Config::default(), metrics, mmds };
         if let Some(settings) = &config.logger {
             configure_log(settings)?;
         }
@@ -126,7 +129,7 @@ impl PreBoot {
     /// The machine counts on from what was counted before.
     fn running(&mut self, config: Config, paused: bool, machine: &mut Machine) -> Running {
         machine.count_in(std::mem::take(&mut self.metrics));
-        Running { id: self.id.clone(), config, paused }
+        Running { id: self.id.clone(), config, paused, mmds: self.mmds.clone() }
     }
 
     fn configure(&mut self, request: Request) -> Result<Answer, Fault> {
@@ -155,6 +158,10 @@ impl PreBoot {
             Request::PutEntropy(entropy) => config.entropy = Some(entropy),
             Request::PutLogger(settings) => configure_log(&settings)?,
             Request::PutMetrics(settings) => self.metrics.configure(&settings)?,
+            Request::PutMmdsConfig(mmds) => config.mmds_config = Some(mmds),
+            Request::GetMmds => return Ok(Answer::Value(lock(&self.mmds).get().clone())),
+            Request::PutMmds(document) => lock(&self.mmds).put(document)?,
+            Request::PatchMmds(patch) => lock(&self.mmds).patch(&patch)?,
             Request::GetVersion => return Ok(version()),
             Request::PatchDrive(_)
             | Request::PatchInterface(_)
@@ -257,6 +264,15 @@ impl Running {
                 balloon.stats_polling_interval_s = seconds;
                 Ok(Answer::Done)
             }
+            Request::GetMmds => Ok(Answer::Value(lock(self.metadata()?).get().clone())),
+            Request::PutMmds(document) => {
+                lock(self.metadata()?).put(document)?;
+                Ok(Answer::Done)
+            }
+            Request::PatchMmds(patch) => {
+                lock(self.metadata()?).patch(&patch)?;
+                Ok(Answer::Done)
+            }
             Request::GetVersion => Ok(version()),
             Request::FlushMetrics => {
                 machine.flush_metrics()?;
@@ -279,6 +295,7 @@ impl Running {
             Request::LoadSnapshot(_)
             | Request::PutLogger(_)
             | Request::PutMetrics(_)
+            | Request::PutMmdsConfig(_)
             | Request::PutBootSource(_)
             | Request::PutMachineConfig(_)
             | Request::PatchMachineConfig(_)
@@ -288,6 +305,15 @@ impl Running {
             | Request::PutVsock(_)
             | Request::PutEntropy(_)
             | Request::Start => Err(Fault::AfterStart),
+        }
+    }
+
+    /// The metadata, where there is a service for them or somebody has put some.
+    fn metadata(&self) -> Result<&mmds::Shared, Fault> {
+        if self.config.mmds_config.is_some() || lock(&self.mmds).initialized() {
+            Ok(&self.mmds)
+        } else {
+            Err(mmds::Error::NotInitialized.into())
         }
     }
 
@@ -342,6 +368,7 @@ fn value(of: &impl serde::Serialize) -> Answer {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::sync::{Arc, Mutex};
 
     use super::*;
     use crate::api::request;
@@ -367,7 +394,8 @@ mod tests {
     }
 
     fn pre_boot() -> PreBoot {
-        PreBoot::new("one".into(), Config::default(), Metrics::default()).unwrap()
+        let mmds = Arc::new(Mutex::new(mmds::Store::new(100).unwrap()));
+        PreBoot::new("one".into(), Config::default(), Metrics::default(), mmds).unwrap()
     }
 
     #[test]
@@ -403,6 +431,28 @@ mod tests {
         assert!(matches!(answer, Err(Fault::LoadNotAllowed)));
         let (_, answer) = ask(vm, "PUT", "/snapshot/create", load);
         assert!(matches!(answer, Err(Fault::BeforeStart)));
+    }
+
+    #[test]
+    fn metadata_are_put_merged_and_bounded_before_the_start() {
+        let (vm, answer) = ask(pre_boot(), "PATCH", "/mmds", r#"{"a":1}"#);
+        assert_eq!(answer.unwrap_err().to_string(), "MMDS error: The MMDS data store is not initialized.");
+        let (vm, answer) = ask(vm, "GET", "/mmds", "");
+        assert_eq!(answer.unwrap(), Answer::Value(Value::Null));
+        let (vm, _) = ask(vm, "PUT", "/mmds", r#"{"a":{"b":1}}"#);
+        let (vm, answer) = ask(vm, "PATCH", "/mmds", r#"{"a":{"b":null,"c":2}}"#);
+        assert_eq!(answer.unwrap(), Answer::Done);
+        let (vm, answer) = ask(vm, "PUT", "/mmds", &json!("x".repeat(99)).to_string());
+        let fault = answer.unwrap_err();
+        assert_eq!(fault.status(), 413);
+        assert_eq!(fault.to_string(), "MMDS limit exceeded error: The MMDS patch request doesn't fit.");
+        let (vm, answer) = ask(vm, "GET", "/mmds", "");
+        assert_eq!(answer.unwrap(), Answer::Value(json!({"a": {"c": 2}})));
+        let (_, answer) = ask(vm, "PUT", "/mmds/config", r#"{"network_interfaces":["eth0"]}"#);
+        let fault = answer.unwrap_err();
+        assert!(
+            fault.to_string().starts_with("MMMDS config error: The list of network interface IDs provided")
+        );
     }
 
     #[test]

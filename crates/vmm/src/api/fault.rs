@@ -4,7 +4,7 @@ use std::io;
 
 use kapsel_devices::{balloon, block, net};
 
-use crate::{builder, config, metrics, snapshot};
+use crate::{builder, config, metrics, mmds, snapshot};
 
 /// Why a request cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,12 @@ pub enum Fault {
     /// The balloon has no statistics.
     #[error("Balloon config error: {0}")]
     Statistics(#[from] balloon::StatisticsError),
+    /// The metadata cannot be had or changed.
+    #[error("MMDS error: {0}")]
+    Mmds(#[source] mmds::Error),
+    /// They are too long.
+    #[error("MMDS limit exceeded error: {0}")]
+    MmdsLimit(#[source] mmds::Error),
     /// The log cannot be written.
     #[error("Logger error: Failed to open target file: {0}")]
     Logger(#[source] io::Error),
@@ -78,4 +84,20 @@ pub enum Fault {
     /// The machine has ended.
     #[error("the machine has ended")]
     Ended,
+}
+
+impl Fault {
+    /// The status of an answer that says so.
+    pub fn status(&self) -> u16 {
+        if matches!(self, Fault::MmdsLimit(_)) { 413 } else { 400 }
+    }
+}
+
+impl From<mmds::Error> for Fault {
+    fn from(error: mmds::Error) -> Self {
+        match error {
+            mmds::Error::TooLarge => Fault::MmdsLimit(error),
+            _ => Fault::Mmds(error),
+        }
+    }
 }

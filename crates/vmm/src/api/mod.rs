@@ -11,4 +11,5 @@ pub mod request;
 mod server;
 
 pub use fault::Fault;
+pub use http::BODY_MAX;
 pub use server::{Call, Server};

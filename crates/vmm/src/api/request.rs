@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::config::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig,
     MachineConfigUpdate, NetworkInterface, RateLimiter, Vsock,
 };
-use crate::{log, metrics, snapshot};
+use crate::{log, metrics, mmds, snapshot};
 
 /// Something that the API can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +48,14 @@ pub enum Request {
     PutVsock(Vsock),
     /// Adds the entropy device.
     PutEntropy(Entropy),
+    /// Has the guest read metadata.
+    PutMmdsConfig(mmds::Config),
+    /// The metadata.
+    GetMmds,
+    /// Replaces them.
+    PutMmds(Value),
+    /// Changes them.
+    PatchMmds(Value),
     /// Sets up the log.
     PutLogger(log::Settings),
     /// Says where counters are told.
@@ -138,6 +147,9 @@ impl Request {
             Request::PutInterface(_) => (put, "network_count", Some("network_fails")),
             Request::PatchInterface(_) => (patch, "network_count", Some("network_fails")),
             Request::PutVsock(_) => (put, "vsock_count", Some("vsock_fails")),
+            Request::GetMmds => (get, "mmds_count", None),
+            Request::PutMmds(_) => (put, "mmds_count", Some("mmds_fails")),
+            Request::PatchMmds(_) => (patch, "mmds_count", Some("mmds_fails")),
             Request::PutLogger(_) => (put, "logger_count", Some("logger_fails")),
             Request::PutMetrics(_) => (put, "metrics_count", Some("metrics_fails")),
             Request::Start | Request::FlushMetrics | Request::SendCtrlAltDel => {
@@ -154,6 +166,9 @@ pub enum Invalid {
     /// No such thing.
     #[error("Invalid request method and/or path: {0} {1}.")]
     Path(String, String),
+    /// No such part of a thing.
+    #[error("Unrecognized PUT request path `{0}`.")]
+    PutPath(String),
     /// A body where none may be.
     #[error("GET request cannot have a body.")]
     GetBody,
@@ -209,6 +224,11 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
         ("GET", "version", None) => Ok(Request::GetVersion),
         ("PUT", "vsock", None) => Ok(Request::PutVsock(serde_json::from_slice(body)?)),
         ("PUT", "entropy", None) => Ok(Request::PutEntropy(serde_json::from_slice(body)?)),
+        ("GET", "mmds", None) => Ok(Request::GetMmds),
+        ("PUT", "mmds", None) => Ok(Request::PutMmds(serde_json::from_slice(body)?)),
+        ("PATCH", "mmds", None) => Ok(Request::PatchMmds(serde_json::from_slice(body)?)),
+        ("PUT", "mmds", Some("config")) => Ok(Request::PutMmdsConfig(serde_json::from_slice(body)?)),
+        ("PUT", "mmds", Some(other)) => Err(Invalid::PutPath(other.to_owned())),
         ("PUT", "drives", name) => {
             let name = check_name(name)?;
             let drive: Drive = serde_json::from_slice(body)?;
@@ -278,6 +298,7 @@ mod tests {
         assert_eq!(fault("GET", "/nothing", ""), "Invalid request method and/or path: GET /nothing.");
         assert_eq!(fault("DELETE", "/vm", ""), "Invalid request method and/or path: DELETE /vm.");
         assert_eq!(fault("GET", "/vm/config/x", ""), "Invalid request method and/or path: GET /vm/config/x.");
+        assert_eq!(fault("PUT", "/mmds/x", "{}"), "Unrecognized PUT request path `x`.");
         assert_eq!(fault("GET", "/", "{}"), "GET request cannot have a body.");
         assert_eq!(fault("PUT", "/vsock", ""), "Empty PUT request.");
         assert_eq!(fault("PUT", "/drives", "{}"), "The ID cannot be empty.");

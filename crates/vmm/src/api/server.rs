@@ -148,7 +148,7 @@ fn answer(message: &Message, caller: &Caller) -> (u16, String) {
     match call(request, caller) {
         Ok(Answer::Done) => (204, String::new()),
         Ok(Answer::Value(value)) => (200, value.to_string()),
-        Err(fault) => (400, fault_body(&fault.to_string())),
+        Err(fault) => (fault.status(), fault_body(&fault.to_string())),
     }
 }
 

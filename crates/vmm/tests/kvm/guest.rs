@@ -31,6 +31,11 @@ pub const GUEST_MAC: &str = "06:00:ac:10:00:02";
 pub const GUEST_ADDRESS: &str = "172.16.0.2";
 /// The host's.
 pub const HOST_ADDRESS: &str = "172.16.0.1";
+/// What the guest reads about itself, so many times: more than fits in the service's window.
+pub const METADATA: &str = "something about the guest; ";
+pub const METADATA_TIMES: usize = 1500;
+/// Where it reads that.
+const METADATA_ADDRESS: &str = "169.254.169.254";
 /// Where the host echoes.
 pub const NETWORK_PORT: u16 = 7;
 /// How much goes to the host and back.
@@ -316,6 +321,8 @@ fn network() -> io::Result<()> {
         run(&format!("ip addr add {GUEST_ADDRESS}/24 dev eth0 && ip link set eth0 up"))?.success(),
         "the card is up",
     )?;
+    check(run(&format!("ip route add {METADATA_ADDRESS} dev eth0"))?.success(), "there is a route")?;
+    metadata()?;
 
     let mut stream = std::net::TcpStream::connect((HOST_ADDRESS, NETWORK_PORT))?;
     let mut reader = stream.try_clone()?;
@@ -336,6 +343,35 @@ fn network() -> io::Result<()> {
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     Ok(())
+}
+
+/// Nobody reads without a token, and the one that a connection got is good on another.
+fn metadata() -> io::Result<()> {
+    let ask = |stream: &mut std::net::TcpStream, request: &str| -> io::Result<String> {
+        write!(stream, "{request}\r\n\r\n")?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(0);
+            let last = answer.len() - 1;
+            stream.read_exact(&mut answer[last..])?;
+        }
+        let head = String::from_utf8_lossy(&answer).into_owned();
+        let length =
+            head.split("Content-Length: ").nth(1).and_then(|rest| rest.split('\r').next()?.parse().ok());
+        let mut body = vec![0; length.unwrap_or(0)];
+        stream.read_exact(&mut body)?;
+        Ok(head + &String::from_utf8_lossy(&body))
+    };
+    let mut first = std::net::TcpStream::connect((METADATA_ADDRESS, 80))?;
+    let refused = ask(&mut first, "GET /long HTTP/1.1")?;
+    check(refused.starts_with("HTTP/1.1 401 "), "nobody reads without a token")?;
+    let answer = ask(&mut first, "PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60")?;
+    let token = answer.lines().last().unwrap_or_default();
+    let mut second = std::net::TcpStream::connect((METADATA_ADDRESS, 80))?;
+    let read = ask(&mut second, &format!("GET /long HTTP/1.1\r\nX-metadata-token: {token}"))?;
+    check(read.ends_with(&METADATA.repeat(METADATA_TIMES)), "the metadata are whole")?;
+    let refused = std::net::TcpStream::connect((METADATA_ADDRESS, 81));
+    check(refused.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused), "no other port is open")
 }
 
 fn console() -> io::Result<()> {

@@ -96,7 +96,7 @@ impl Monitor {
     }
 
     /// As [`Monitor::start`], with more options.
-    fn start_with(files: &Files, directory: &Path, config: &Value, options: &[&str]) -> io::Result<Self> {
+    pub fn start_with(files: &Files, directory: &Path, config: &Value, options: &[&str]) -> io::Result<Self> {
         let path = directory.join("config.json");
         fs::write(&path, config.to_string())?;
         let child = Command::new(&files.vmm)

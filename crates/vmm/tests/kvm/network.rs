@@ -1,5 +1,6 @@
 //! A guest on a network of its own: a tap device in a namespace that lives as long as the test's thread.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::net::{Shutdown, TcpListener};
 use std::process::Command;
@@ -35,8 +36,13 @@ fn in_namespace() -> Result<(), String> {
         "rx_rate_limiter": limiter, "tx_rate_limiter": limiter,
     }]);
     let metrics = directory.path().join("metrics");
+    config["mmds-config"] = json!({"version": "V2", "network_interfaces": ["net"]});
+    let document = directory.path().join("metadata");
+    fs::write(&document, json!({"long": guest::METADATA.repeat(guest::METADATA_TIMES)}).to_string())
+        .map_err(failed)?;
     config["metrics"] = json!({"metrics_path": metrics});
-    let mut monitor = Monitor::start(&files, directory.path(), &config).map_err(failed)?;
+    let options = ["--metadata", document.to_str().expect("a plain path")];
+    let mut monitor = Monitor::start_with(&files, directory.path(), &config, &options).map_err(failed)?;
     let mut console = BufReader::new(monitor.take_console());
     let mut text = String::new();
     while !text.contains(guest::READY) && console.read_line(&mut text).map_err(failed)? > 0 {}
@@ -48,20 +54,23 @@ fn in_namespace() -> Result<(), String> {
     said(output.stderr.contains("the tap device fails"))?;
     let echoed = echo.join().map_err(|_| "the echo panicked".to_owned())?.map_err(failed)?;
     said(echoed == guest::STREAM as u64)?;
-    counted(&std::fs::read_to_string(metrics).map_err(failed)?)
+    counted(&fs::read_to_string(metrics).map_err(failed)?)
 }
 
 /// All of the stream was counted, and large pieces of it went at once: there are far fewer frames than packets of the
 /// network's size.
 fn counted(text: &str) -> Result<(), String> {
     let lines = crate::services::metrics(text).map_err(|e| e.to_string())?;
-    let count =
-        |name: &str| lines.iter().map(|line| line["net_net"][name].as_u64().unwrap_or(0)).sum::<u64>();
+    let sum = |group: &str, name: &str| -> u64 {
+        lines.iter().map(|line| line[group][name].as_u64().unwrap_or(0)).sum()
+    };
+    let count = |name: &str| sum("net_net", name);
     let stream = guest::STREAM as u64;
     let whole = count("tx_bytes_count") > stream && count("rx_bytes_count") > stream;
     let large = count("tx_packets_count") < stream / 1400 / 2 && count("rx_packets_count") > 0;
     let cut = count("tap_write_fails") > 0 && count("tap_read_fails") > 0;
-    if whole && large && cut { Ok(()) } else { Err(text.to_owned()) }
+    let refused = sum("mmds", "rx_no_token") == 1 && sum("mmds", "rx_invalid_token") == 0;
+    if whole && large && cut && refused { Ok(()) } else { Err(text.to_owned()) }
 }
 
 fn run(command: &str) -> Result<(), String> {
