@@ -14,6 +14,7 @@ pub mod container;
 pub mod error;
 pub mod files;
 pub mod init;
+pub mod names;
 pub mod net;
 pub mod oci;
 pub mod phases;

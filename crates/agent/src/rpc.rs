@@ -181,6 +181,12 @@ impl Agent for Service {
         Ok(files::copy(&container, &request, self.around()).await?)
     }
 
+    async fn names(&self, _: &TtrpcContext, request: NamesRequest) -> Result<NamesResponse> {
+        let container = self.ordered(&request.id).await?;
+        crate::names::write(container.rootfs(), &request.files)?;
+        Ok(NamesResponse::default())
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Result<ShutdownResponse> {
         let _order = self.order.lock().await;
         self.sandbox.clear().await;

@@ -103,6 +103,7 @@ pub struct Jail {
     pub(crate) fds: Vec<(OwnedFd, RawFd)>,
     pub(crate) seccomp: Option<BpfProgram>,
     pub(crate) landlock: bool,
+    pub(crate) connect: bool,
 }
 
 impl Jail {
@@ -124,6 +125,7 @@ impl Jail {
             fds: Vec::new(),
             seccomp: None,
             landlock: true,
+            connect: false,
         }
     }
 
@@ -278,6 +280,12 @@ impl Jail {
     /// Whether to add Landlock rules that repeat the file tree's permissions, where the kernel can; on by default.
     pub fn landlock(mut self, on: bool) -> Jail {
         self.landlock = on;
+        self
+    }
+
+    /// Lets the child connect by TCP, which Landlock refuses otherwise, where the kernel can. Of use without [`Namespaces::net`] only.
+    pub fn connects(mut self) -> Jail {
+        self.connect = true;
         self
     }
 

@@ -140,7 +140,7 @@ impl Plan {
             }
             Identity::Current => None,
         };
-        let ruleset = jail.landlock.then(Ruleset::new).flatten();
+        let ruleset = jail.landlock.then(|| Ruleset::new(jail.connect)).flatten();
         let mut tree = Tree::new(&name, &jail, we_are_root);
         tree.build(ruleset.as_ref())?;
         let Tree { ops, rules, has_nodes, .. } = tree;

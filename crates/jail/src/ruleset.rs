@@ -1,7 +1,7 @@
 //! Landlock: the file tree's permissions a second time, enforced at another place in the kernel.
 //!
 //! The mounts already say what can be written and executed. Landlock says it again without trusting the mount table, and adds what mounts
-//! cannot: no TCP at all, no abstract Unix socket and no signal to a process outside. Kernels without it (or with an
+//! cannot: no TCP (or only towards others, where a jail says so), no abstract Unix socket and no signal to a process outside. Kernels without it (or with an
 //! older one) get the part that they know.
 
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -55,13 +55,18 @@ fn version() -> Option<i32> {
 }
 
 impl Ruleset {
-    /// An empty ruleset that handles all that this kernel's Landlock can; `None` where there is none.
-    pub fn new() -> Option<Ruleset> {
+    /// An empty ruleset that handles all that this kernel's Landlock can, but for connecting by TCP where that is `connect`; `None` where
+    /// there is none.
+    pub fn new(connect: bool) -> Option<Ruleset> {
         let version = version()?;
         let abi = ABI::from(version);
         let attr = RulesetAttr {
             handled_access_fs: AccessFs::from_all(abi).bits(),
-            handled_access_net: if version >= 4 { NET_BIND_TCP | NET_CONNECT_TCP } else { 0 },
+            handled_access_net: match version {
+                ..4 => 0,
+                _ if connect => NET_BIND_TCP,
+                _ => NET_BIND_TCP | NET_CONNECT_TCP,
+            },
             scoped: if version >= 6 { SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL } else { 0 },
         };
         // Older kernels know a shorter structure, and accept a longer one only while the rest is zero, which it is.

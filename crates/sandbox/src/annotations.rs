@@ -1,11 +1,13 @@
 //! What kapsel wants to know beyond the OCI runtime specification: annotations of `config.json`.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use oci_spec::runtime::Spec;
 
 use crate::config::{Isolation, parse_size};
 use crate::network::Network;
+use crate::publish::Publish;
 
 /// [`Isolation`]: `auto`, `kvm`, `kapsel-vmm`, `qemu-kvm` or `tcg`.
 pub const ISOLATION: &str = "io.kapsel.isolation";
@@ -19,6 +21,12 @@ pub const COLD: &str = "io.kapsel.cold";
 pub const STORAGE: &str = "io.kapsel.storage";
 /// [`Network`]: `none`, `bridge` or `ns:PATH`; without it, the network namespace that the specification names by a path.
 pub const NETWORK: &str = "io.kapsel.network";
+/// Name servers of the container, separated by commas.
+pub const DNS: &str = "io.kapsel.dns";
+/// Names and addresses for the container's `/etc/hosts`: `NAME:IP`, separated by commas.
+pub const ADD_HOST: &str = "io.kapsel.add-host";
+/// Published ports ([`Publish`]), separated by commas.
+pub const PUBLISH: &str = "io.kapsel.publish";
 /// The signal that asks the container to stop, as a number.
 pub const STOP_SIGNAL: &str = "io.kapsel.stop-signal";
 
@@ -66,6 +74,12 @@ pub struct Wishes {
     pub storage: Option<u64>,
     /// Which network; `None`: what the specification says.
     pub network: Option<Network>,
+    /// Name servers; empty: those of the host.
+    pub dns: Vec<IpAddr>,
+    /// Names for `/etc/hosts`.
+    pub add_hosts: Vec<(String, IpAddr)>,
+    /// Published ports.
+    pub publish: Vec<Publish>,
     /// Signal number.
     pub stop_signal: Option<i32>,
 }
@@ -92,6 +106,18 @@ impl Wishes {
                 MEMORY => wishes.memory = Some(parse_size(value).map_err(bad)?),
                 STORAGE => wishes.storage = Some(parse_size(value).map_err(bad)?),
                 NETWORK => wishes.network = Some(value.parse().map_err(bad)?),
+                DNS => {
+                    let servers = value.split(',').map(str::parse).collect::<Result<_, _>>();
+                    wishes.dns = servers.map_err(|_| bad("expected IP addresses".into()))?;
+                }
+                ADD_HOST => {
+                    wishes.add_hosts =
+                        value.split(',').map(parse_host).collect::<Result<_, _>>().map_err(bad)?;
+                }
+                PUBLISH => {
+                    let ports = value.split(',').map(str::parse);
+                    wishes.publish = ports.collect::<Result<_, _>>().map_err(bad)?;
+                }
                 CPUS => {
                     let cpus = value.parse().ok().filter(|n| (1..=64).contains(n));
                     wishes.cpus = Some(cpus.ok_or_else(|| bad("expected a number, 1 to 64".into()))?);
@@ -124,9 +150,33 @@ impl Wishes {
         put(COLD, self.cold.then(|| "true".into()));
         put(STORAGE, self.storage.map(|n| n.to_string()));
         put(NETWORK, self.network.as_ref().map(Network::to_string));
+        let hosts: Vec<_> = self.add_hosts.iter().map(|(name, ip)| format!("{name}:{ip}")).collect();
+        put(DNS, (!self.dns.is_empty()).then(|| joined(&self.dns)));
+        put(ADD_HOST, (!hosts.is_empty()).then(|| hosts.join(",")));
+        put(PUBLISH, (!self.publish.is_empty()).then(|| joined(&self.publish)));
         put(STOP_SIGNAL, self.stop_signal.map(|n| n.to_string()));
         map
     }
+}
+
+/// `NAME:IP`, a line of `/etc/hosts`.
+///
+/// # Errors
+/// What is accepted.
+pub fn parse_host(text: &str) -> Result<(String, IpAddr), String> {
+    let bad = || "expected NAME:IP, as db:192.0.2.7".to_owned();
+    let (name, ip) = text.split_once(':').ok_or_else(bad)?;
+    let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    if name.is_empty() || name.len() > 253 || !name.chars().all(named) {
+        return Err(bad());
+    }
+    let ip = ip.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(ip);
+    Ok((name.into(), ip.parse().map_err(|_| bad())?))
+}
+
+/// The items as they are shown, separated by commas.
+fn joined(items: &[impl ToString]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -142,6 +192,9 @@ mod tests {
             cold: true,
             storage: Some(1 << 30),
             network: Some(Network::Namespace("/run/netns/a".into())),
+            dns: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+            add_hosts: vec![parse_host("db:192.0.2.7").unwrap(), parse_host("a.b:2001:db8::2").unwrap()],
+            publish: vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()],
             stop_signal: Some(3),
         };
         assert_eq!(Wishes::parse(&wishes.to_annotations()), Ok(wishes));
@@ -158,6 +211,10 @@ mod tests {
             (COLD, "yes"),
             (ISOLATION, "none"),
             (NETWORK, "host"),
+            (PUBLISH, "80,x"),
+            (DNS, "resolver"),
+            (ADD_HOST, "a b:192.0.2.7"),
+            (ADD_HOST, "db"),
             (STOP_SIGNAL, "99"),
         ] {
             assert!(matches!(one(key, value), Err(Error::BadValue { .. })), "{key}={value}");

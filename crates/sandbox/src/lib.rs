@@ -19,6 +19,7 @@ pub mod network;
 pub mod owner;
 pub mod paths;
 pub mod programs;
+pub mod publish;
 pub mod pump;
 pub mod record;
 pub mod registry;

@@ -8,7 +8,9 @@ pub mod blueprint;
 mod copy;
 mod end;
 mod error;
+mod forward;
 pub mod guest_spec;
+mod names;
 mod network;
 mod process;
 mod resources;
@@ -100,6 +102,7 @@ struct Host {
     machine: Option<Arc<dyn Machine>>,
     servers: shares::Servers,
     network: network::Connection,
+    forwarder: Option<forward::Forwarder>,
     cgroup: Option<kapsel_jail::Cgroup>,
 }
 

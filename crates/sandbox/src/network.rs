@@ -40,6 +40,21 @@ impl Network {
     }
 }
 
+impl Network {
+    /// Refuses ports where nothing can come to them.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_publish(&self) -> Result<(), String> {
+        match self {
+            Self::Bridge => Ok(()),
+            Self::None | Self::Namespace(_) => {
+                Err(format!("with --network {self} no port can be published; use --network bridge"))
+            }
+        }
+    }
+}
+
 impl FromStr for Network {
     type Err = String;
 

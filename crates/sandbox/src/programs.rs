@@ -8,6 +8,8 @@ use crate::config::Config;
 pub const SHIM: &str = "containerd-shim-kapsel-v2";
 /// Serves one shared directory.
 pub const FSD: &str = "kapsel-fsd";
+/// Carries connections to published ports.
+pub const FORWARD: &str = "kapsel-forward";
 /// Process 1 of a guest; linked statically, hence not beside the others, which are built for the host.
 pub const AGENT: &str = "kapsel-agent";
 /// Runs one machine; linked statically as well.

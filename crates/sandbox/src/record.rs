@@ -14,7 +14,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::paths::{Bundle, Id};
+use crate::{
+    paths::{Bundle, Id},
+    publish::Publish,
+};
 
 /// The version that this program writes and the newest that it reads.
 pub const VERSION: u32 = 1;
@@ -120,6 +123,9 @@ pub struct MachineInfo {
     /// The processes that serve shared directories.
     #[serde(default)]
     pub fsd: Vec<u32>,
+    /// The process that carries published ports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward: Option<u32>,
 }
 
 /// Everything that `kapsel ps` and `kapsel inspect` know without asking the guest.
@@ -164,6 +170,9 @@ pub struct Record {
     /// Whether the container has an input (`-i`).
     #[serde(default)]
     pub stdin: bool,
+    /// Its published ports, with the numbers that they have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Publish>,
     /// Its address on kapsel's bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Ipv4Addr>,
@@ -191,6 +200,7 @@ impl Record {
             remove: false,
             terminal: false,
             stdin: false,
+            ports: Vec::new(),
             address: None,
             machine: None,
         }

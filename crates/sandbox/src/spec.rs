@@ -109,6 +109,9 @@ fn wishes(image: &ImageDefaults, options: &RunOptions) -> Result<Wishes, Error> 
         cold: options.cold,
         storage: options.storage,
         network: Some(options.network.clone()),
+        dns: options.dns.clone(),
+        add_hosts: options.add_hosts.clone(),
+        publish: options.publish.clone(),
         stop_signal,
     })
 }

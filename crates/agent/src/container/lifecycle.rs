@@ -73,6 +73,11 @@ pub struct Surroundings<'a> {
 static SERIAL: AtomicU64 = AtomicU64::new(cgroup::FIRST);
 
 impl Container {
+    /// Its root file system's place in the guest.
+    pub fn rootfs(&self) -> &std::ffi::CStr {
+        &self.plan.rootfs
+    }
+
     /// Builds a container up to the point where its program would be executed. In a guest that is not configured it must not have
     /// a program: the guest's randomness is not its own yet.
     ///

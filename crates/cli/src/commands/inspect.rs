@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use kapsel_image::Inspection;
 use kapsel_sandbox::annotations::Wishes;
 use kapsel_sandbox::listing::Health;
+use kapsel_sandbox::publish::Publish;
 use kapsel_sandbox::record::{Exit, MachineInfo, Record};
 use kapsel_sandbox::registry::Error as RegistryError;
 use kapsel_sandbox::timings::Timings;
@@ -74,6 +75,8 @@ struct Pids {
     shim: u32,
     monitor: u32,
     fsd: Vec<u32>,
+    /// What carries published ports.
+    forward: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -102,6 +105,8 @@ struct Network {
     kind: String,
     /// On kapsel's bridge.
     address: Option<Ipv4Addr>,
+    /// Published ports.
+    ports: Vec<Publish>,
 }
 
 #[derive(Serialize)]
@@ -159,7 +164,12 @@ fn container(sandbox: &Sandbox, health: Health) -> Container {
         status: if health == Health::Gone { "exited".into() } else { record.status.to_string() },
         health: ps::health(health),
         exit: record.exit.as_ref().map(exited),
-        pids: machine.map(|m| Pids { shim: m.shim, monitor: m.monitor, fsd: m.fsd.clone() }),
+        pids: machine.map(|m| Pids {
+            shim: m.shim,
+            monitor: m.monitor,
+            fsd: m.fsd.clone(),
+            forward: m.forward,
+        }),
         isolation: machine.map(isolation),
         machine: machine.map(|m| Machine { kernel: m.kernel.clone(), vcpus: m.vcpus, memory: m.memory }),
         remove: record.remove,
@@ -191,7 +201,7 @@ fn isolation(machine: &MachineInfo) -> Isolation {
 fn network(record: &Record, spec: &Spec) -> Option<Network> {
     let asked = Wishes::of(spec).ok()?.network;
     let kind = asked.unwrap_or_else(|| kapsel_sandbox::network::Network::of(spec)).to_string();
-    Some(Network { kind, address: record.address })
+    Some(Network { kind, address: record.address, ports: record.ports.clone() })
 }
 
 fn mounts(spec: &Spec) -> Vec<Mount> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kapsel_sandbox::listing::{Entry, Health};
+use kapsel_sandbox::publish::Publish;
 use kapsel_sandbox::record::{self, Record, Status};
 use serde::Serialize;
 
@@ -35,6 +36,8 @@ pub struct Listed {
     exit_code: Option<u32>,
     /// It ended since its memory ran out.
     oom: bool,
+    /// Published ports.
+    ports: Vec<Publish>,
     /// The person's own.
     labels: BTreeMap<String, String>,
 }
@@ -54,7 +57,7 @@ pub fn run(host: &Host, flags: &Ps) -> Outcome {
 }
 
 fn table(entries: &[Entry]) -> Table {
-    let mut table = Table::new(&["CONTAINER", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAME"]);
+    let mut table = Table::new(&["CONTAINER", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME"]);
     for entry in entries {
         let Ok(record) = &entry.record else {
             table.row([
@@ -63,6 +66,7 @@ fn table(entries: &[Entry]) -> Table {
                 "?".into(),
                 "?".into(),
                 "record is damaged".into(),
+                "?".into(),
                 "?".into(),
             ]);
             continue;
@@ -74,6 +78,7 @@ fn table(entries: &[Entry]) -> Table {
             command,
             time::ago(record.created_at, record::now()),
             status(entry, record),
+            ports(record),
             record.name.clone(),
         ]);
     }
@@ -83,6 +88,12 @@ fn table(entries: &[Entry]) -> Table {
 fn short(entry: &Entry) -> String {
     let directory = entry.bundle.dir().file_name().unwrap_or_default();
     directory.to_string_lossy().into_owned()
+}
+
+/// As Docker words them.
+fn ports(record: &Record) -> String {
+    let each = |port: &Publish| format!("{}->{}/{}", port.host(), port.port, port.protocol);
+    record.ports.iter().map(each).collect::<Vec<_>>().join(", ")
 }
 
 /// As Docker words it.
@@ -117,6 +128,7 @@ fn listed(entry: &Entry) -> Listed {
         health: health(entry.health),
         exit_code: exit.map(|exit| exit.code),
         oom: exit.is_some_and(|exit| exit.oom),
+        ports: record.map(|record| record.ports.clone()).unwrap_or_default(),
         labels: record.map(|record| record.labels.clone()).unwrap_or_default(),
     }
 }

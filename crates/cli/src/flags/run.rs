@@ -1,11 +1,14 @@
 //! `run` and `do`: what a new sandbox is made of.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use kapsel_sandbox::annotations;
 use kapsel_sandbox::config::{self, parse_size};
 use kapsel_sandbox::network::Network;
+use kapsel_sandbox::publish::Published;
 use kapsel_sandbox::spec::{Tmpfs, Ulimit, Volume};
 
 use super::value::{DetachKeys, EnvVar, Label, cpus, signal};
@@ -135,6 +138,15 @@ pub struct NetworkFlags {
     /// Network of the container: none, bridge, or ns:PATH for the interfaces of a network namespace
     #[arg(long, value_name = "NETWORK", default_value = "none")]
     pub network: Network,
+    /// Let a port of this machine lead to one of the container; by default on 127.0.0.1, and any port that is free
+    #[arg(short, long, value_name = "[[HOST_IP:]HOST_PORT:]PORT[/PROTO]")]
+    pub publish: Vec<Published>,
+    /// Name server of the container, instead of those of this machine
+    #[arg(long, value_name = "IP")]
+    pub dns: Vec<IpAddr>,
+    /// Let the container know an address by a name
+    #[arg(long, value_name = "NAME:IP", value_parser = annotations::parse_host)]
+    pub add_host: Vec<(String, IpAddr)>,
 }
 
 /// Flags about the machine, the same for `run` and `do`.

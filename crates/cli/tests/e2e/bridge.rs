@@ -1,7 +1,7 @@
 //! `--network bridge`: sandboxes on a bridge of kapsel's own, each on a host of the test's own.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -133,4 +133,117 @@ fn addresses_that_the_host_has_elsewhere_are_refused() {
     assert!(ran.code == 125 && ran.stderr.contains("through out"), "{} {}", ran.code, ran.stderr);
     assert!(ran.stderr.contains("hint: set another bridge_subnet"), "{}", ran.stderr);
     assert!(host.is_clean());
+}
+
+#[test]
+fn published_ports_lead_into_a_sandbox() {
+    let world = world!();
+    let host = Host::new("ports");
+    let flags = ["-p", "8080:80", "-p", "80", "-p", "0.0.0.0:8081:80", "-p", "5353:53/udp"];
+    let web = on_bridge(world, &host, "e2e-br-ports", &flags, &["httpd", "-f", "-p", "80", "-h", "/etc"]);
+    let told = world.inspect(web.name);
+    let ports = told["network"]["ports"].as_array().expect("ports").clone();
+    let chosen = ports[1]["host_port"].as_u64().expect("a port");
+    assert!(ports.len() == 4 && chosen > 0, "{told}");
+    let listed = world.ok(["ps"]);
+    assert!(listed.contains("127.0.0.1:8080->80/tcp"), "{listed}");
+    let listed: serde_json::Value = serde_json::from_str(&world.ok(["ps", "--json"])).expect("JSON");
+    let of = listed.as_array().expect("a list").iter().find(|one| one["name"] == web.name).expect("it");
+    assert_eq!(of["ports"], told["network"]["ports"]);
+
+    let served = |at: &str| {
+        let mut page = String::new();
+        let asked = host.here(|| TcpStream::connect(at)).and_then(|mut stream| {
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.write_all(b"GET /notes HTTP/1.0\r\n\r\n")?;
+            stream.read_to_string(&mut page)
+        });
+        asked.is_ok() && page.ends_with("not a program\n")
+    };
+    // Connections are carried before anybody serves them, and then reset.
+    eventually("it serves", || served("127.0.0.1:8080"));
+    for at in ["127.0.0.1:8080".to_owned(), format!("127.0.0.1:{chosen}"), format!("{HOST}:8081")] {
+        assert!(served(&at), "{at}");
+    }
+    // By default it is for this host alone.
+    assert!(host.beyond(|| TcpStream::connect((HOST, 8080))).is_err());
+    assert!(host.beyond(|| TcpStream::connect((HOST, 8081))).is_ok());
+    let socket = host.here(|| UdpSocket::bind("127.0.0.1:0").expect("bound"));
+    socket.connect("127.0.0.1:5353").expect("connected");
+    // Nobody is there, and the guest's kernel counts.
+    let counted =
+        || sh(world, web.name, "grep Udp: /proc/net/snmp | sed 1d").1.split(' ').nth(2).map(str::to_owned);
+    assert_eq!(counted().as_deref(), Some("0"));
+    eventually("a datagram comes in", || {
+        let _ = socket.send(b"datagram");
+        counted().is_some_and(|unheard| unheard != "0")
+    });
+
+    // Its ports are nobody else's, and that is known before anything starts.
+    let begun = std::time::Instant::now();
+    let ran =
+        host.here(|| world.run(["run", "--rm", "--network", "bridge", "-p", "8080:80", "busybox", "true"]));
+    let said = &ran.stderr;
+    assert!(ran.code == 125 && said.contains("127.0.0.1:8080: it is in use"), "{} {said}", ran.code);
+    assert!(said.contains("hint: choose another"), "{said}");
+    assert!(!host.told("nft", &["list", "ruleset"]).contains("10.213.0.3"), "{:?}", begun.elapsed());
+    let ran = world.run(["run", "--rm", "-p", "8080:80", "busybox", "true"]);
+    assert!(ran.code == 125 && ran.stderr.contains("--network none"), "{}", ran.stderr);
+
+    // What carries them goes with it, also when it is killed, and it does not live without.
+    let carrier = told["pids"]["forward"].as_u64().expect("a pid");
+    let confined = std::fs::read_to_string(format!("/proc/{carrier}/status")).expect("it lives");
+    assert!(confined.contains("CapEff:\t0000000000000000") && confined.contains("Seccomp:\t2"), "{confined}");
+    assert!(!confined.contains("Uid:\t0\t"), "{confined}");
+    kill(u32::try_from(carrier).expect("a pid"), Signal::KILL);
+    eventually("the sandbox ends", || world.inspect(web.name)["status"] == "exited");
+    assert!(
+        world.inspect(web.name)["exit"]["reason"].as_str().expect("a reason").contains("carries its ports")
+    );
+    eventually("all is given back", || host.is_clean());
+    let again = on_bridge(world, &host, "e2e-br-ports-2", &["-p", "8080:80"], &["sleep", "999"]);
+    let shim = world.inspect(again.name)["pids"].clone();
+    kill(u32::try_from(shim["shim"].as_u64().expect("a pid")).expect("a pid"), Signal::KILL);
+    let carrier = shim["forward"].as_u64().expect("a pid");
+    eventually("what carried its port is gone", || !crate::world::lives(carrier));
+    host.here(|| TcpListener::bind("127.0.0.1:8080").expect("the port is free again"));
+}
+
+#[test]
+fn sandboxes_find_each_other_by_name() {
+    let world = world!();
+    let host = Host::new("names");
+    let flags = ["--dns", "192.0.2.1", "--add-host", "db:192.0.2.7", "--hostname", "box", "--read-only"];
+    let first = on_bridge(world, &host, "e2e-br-first", &flags, &["sleep", "999"]);
+    let (_, told) = sh(world, first.name, "cat /etc/hosts /etc/resolv.conf /etc/hostname");
+    for line in ["127.0.0.1 localhost", "192.0.2.7 db", "10.213.0.2 box", "nameserver 192.0.2.1", "box"] {
+        assert!(told.lines().any(|told| told == line), "{line:?} is not in {told}");
+    }
+    let knows = |who: &str, line: &str| sh(world, who, "cat /etc/hosts").1.lines().any(|told| told == line);
+    for flags in [&["--cold"][..], &[]] {
+        let second = on_bridge(world, &host, "e2e-br-second", flags, &["sleep", "999"]);
+        assert!(knows(second.name, "10.213.0.2 e2e-br-first"), "who was there before");
+        eventually("who comes is known", || knows(first.name, "10.213.0.3 e2e-br-second"));
+        drop(second);
+        eventually("who leaves is forgotten", || !knows(first.name, "10.213.0.3 e2e-br-second"));
+    }
+    // What a container has made of the file is its own.
+    let own = on_bridge(world, &host, "e2e-br-own", &[], &["sh", "-c", "echo own > /etc/hosts; sleep 999"]);
+    let third = on_bridge(world, &host, "e2e-br-third", &[], &["sleep", "999"]);
+    eventually("who comes is known", || knows(first.name, "10.213.0.4 e2e-br-third"));
+    assert_eq!(sh(world, own.name, "cat /etc/hosts").1, "own\n");
+    drop(third);
+    // Without a network only what was asked for.
+    let ran = world.ok([
+        "run",
+        "--rm",
+        "--add-host",
+        "db:192.0.2.7",
+        "busybox",
+        "sh",
+        "-c",
+        "cat /etc/hosts; ls /etc",
+    ]);
+    assert!(ran.contains("192.0.2.7 db") && !ran.contains("resolv.conf"), "{ran}");
+    assert!(!world.ok(["run", "--rm", "busybox", "ls", "/etc"]).contains("hosts"));
 }

@@ -43,7 +43,10 @@ impl World {
             None => PathBuf::from(env!("CARGO_BIN_EXE_kapsel")),
         };
         let beside = kapsel.parent().unwrap_or(Path::new("/"));
-        sandboxes::need(beside, &["containerd-shim-kapsel-v2", "kapsel-fsd", "guest/kapsel-agent"])?;
+        sandboxes::need(
+            beside,
+            &["containerd-shim-kapsel-v2", "kapsel-fsd", "kapsel-forward", "guest/kapsel-agent"],
+        )?;
         let world = World { kapsel, root: DataRoot::take()? };
         world.prepare();
         Ok(world)

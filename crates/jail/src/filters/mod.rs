@@ -4,6 +4,7 @@
 //! They were found by running the real programs through all that kapsel does with them, and only x86-64 calls are on them: a 32-bit
 //! call is killed by its architecture, an x32 one by its number.
 
+mod forward;
 mod fsd;
 mod qemu;
 
@@ -18,6 +19,7 @@ use seccompiler::{
 use crate::error::{Error, Result};
 use crate::seccomp;
 
+pub use forward::forward;
 pub use fsd::{fsd, lock_down_fsd};
 pub use qemu::qemu;
 
@@ -155,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_filters_compile_and_fit() {
-        for program in [qemu().unwrap(), fsd().unwrap()] {
+        for program in [qemu().unwrap(), fsd().unwrap(), forward().unwrap()] {
             assert!((50..2000).contains(&program.len()), "{} instructions", program.len());
         }
     }

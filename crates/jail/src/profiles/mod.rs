@@ -1,5 +1,6 @@
 //! The jails of the programs that kapsel runs.
 
+mod forward;
 mod fsd;
 mod kapsel_vmm;
 mod qemu;
@@ -10,6 +11,7 @@ use crate::elf;
 use crate::error::Result;
 use crate::jail::Jail;
 
+pub use forward::forward;
 pub use fsd::{Share, fsd};
 pub use kapsel_vmm::kapsel_vmm;
 pub use qemu::qemu;

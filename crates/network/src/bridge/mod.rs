@@ -133,16 +133,31 @@ impl Attached {
         self.lease.leased.address
     }
 
-    /// The directory of the leases: it changes when a sandbox comes to the bridge or leaves it.
+    /// Where to look who else is on the bridge.
+    pub fn neighbours(&self) -> Neighbours {
+        Neighbours { base: self.base.clone(), directory: self.lease.directory().to_owned() }
+    }
+}
+
+/// Who is on a bridge.
+#[derive(Clone, Debug)]
+pub struct Neighbours {
+    base: PathBuf,
+    directory: PathBuf,
+}
+
+impl Neighbours {
+    /// The directory of the leases. With each sandbox that comes to the bridge a file is moved there, with each that leaves one is
+    /// deleted.
     pub fn directory(&self) -> &Path {
-        self.lease.directory()
+        &self.directory
     }
 
-    /// Who is on the bridge, this one too.
+    /// All of them now, also whoever asks.
     ///
     /// # Errors
     /// When the leases cannot be read.
-    pub fn neighbours(&self) -> Result<Vec<Leased>> {
+    pub fn list(&self) -> Result<Vec<Leased>> {
         let store = Store::lock(&self.base)?.of(own_namespace()?)?;
         Ok(store.scan()?.0)
     }

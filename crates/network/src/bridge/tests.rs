@@ -45,7 +45,8 @@ fn the_first_makes_the_bridge_and_the_last_removes_it() {
         assert_eq!([first.address().to_string(), second.address().to_string()], ["10.213.0.2", "10.213.0.3"]);
         assert_eq!(port.interface.mac.to_string(), "02:6b:0a:d5:00:02");
         assert_ne!(port.interface.mac, other.interface.mac);
-        let names: Vec<String> = first.neighbours().unwrap().into_iter().map(|guest| guest.name).collect();
+        let names: Vec<String> =
+            first.neighbours().list().unwrap().into_iter().map(|guest| guest.name).collect();
         assert_eq!(names, ["one", "two"]);
         let bridge = told("ip", "addr show kapsel-br0");
         assert!(bridge.contains("10.213.0.1/22") && !bridge.contains("inet6"), "{bridge}");
@@ -72,7 +73,7 @@ fn what_nobody_holds_any_more_is_swept() {
         let (lost, port) = join(base.path(), "lost");
         let (kept, _port) = join(base.path(), "kept");
         // As after a kill: the lock is gone, and the file is not.
-        let file = lost.directory().join(lost.address().to_string());
+        let file = lost.lease.directory().join(lost.address().to_string());
         let text = fs::read(&file).unwrap();
         drop(port);
         fs::remove_file(&file).unwrap();
@@ -82,7 +83,7 @@ fn what_nobody_holds_any_more_is_swept() {
         let rules = told("nft", "list ruleset");
         assert!(!rules.contains("10.213.0.2") && rules.contains("10.213.0.3"), "{rules}");
 
-        let all = kept.directory().to_owned();
+        let all = kept.lease.directory().to_owned();
         drop(kept);
         fs::create_dir_all(&all).unwrap();
         fs::write(&file, &text).unwrap();

@@ -277,6 +277,19 @@ impl Agent {
         call("Copy", Duration::MAX, self.client.copy(context::Context::default(), request)).await
     }
 
+    /// Writes files by which a container's programs find names and servers.
+    ///
+    /// # Errors
+    /// When the guest refuses or does not answer.
+    pub async fn names(&self, id: &str, files: Vec<api::NamesFile>) -> Result<(), Error> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let request = api::NamesRequest { id: id.into(), files, ..Default::default() };
+        let deadline = limits::CALL_DEADLINE;
+        call("Names", deadline, self.client.names(within(deadline), &request)).await.map(drop)
+    }
+
     /// Ends all containers and writes everything to the disks and shares.
     ///
     /// # Errors

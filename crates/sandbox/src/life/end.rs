@@ -127,6 +127,7 @@ impl Sandbox {
                 record.status = Status::Exited;
                 record.exit = Some(exit.clone());
                 record.address = None;
+                record.ports.clear();
             });
         }
         if removed {
@@ -149,7 +150,7 @@ impl Sandbox {
         // 3. The machine, then what served it.
         let (machine, servers, network, cgroup) = {
             let mut host = lock(&self.host);
-            let network = std::mem::take(&mut host.network);
+            let network = (host.forwarder.take(), std::mem::take(&mut host.network));
             (host.machine.take(), std::mem::take(&mut host.servers), network, host.cgroup.take())
         };
         if let Some(machine) = machine {

@@ -55,6 +55,9 @@ pub enum Error {
     /// The sandbox cannot be connected.
     #[error(transparent)]
     Network(#[from] kapsel_network::Error),
+    /// A port of the host cannot be had.
+    #[error(transparent)]
+    Port(#[from] crate::publish::Error),
     /// A process of the host could not be confined or started.
     #[error("cannot start {what}: {reason}; `kapsel doctor` checks what machines need")]
     Helper {
@@ -114,6 +117,7 @@ impl Error {
                 | kapsel_network::Error::TooMany { .. } => Code::INVALID_ARGUMENT,
                 _ => Code::FAILED_PRECONDITION,
             },
+            Self::Port(_) => Code::FAILED_PRECONDITION,
             Self::Resources(_) | Self::OutOfMemory => Code::RESOURCE_EXHAUSTED,
             Self::NotFound(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,

@@ -8,7 +8,7 @@ use kapsel_machine::Nic;
 use kapsel_netlink::octets;
 use kapsel_network::{
     Interface, Port, Taken,
-    bridge::{self, Attached, Guest, Subnet},
+    bridge::{self, Attached, Guest, Neighbours, Subnet},
 };
 use kapsel_protocol::{api, limits};
 
@@ -84,6 +84,14 @@ impl Connection {
             connected.map_err(|e| Error::Resources(format!("connecting to the network failed: {e}")))?;
         let (connection, ports) = connected?;
         Ok((connection, Plugs::of(ports)?))
+    }
+
+    /// Who else is there.
+    pub fn neighbours(&self) -> Option<Neighbours> {
+        match self {
+            Self::Bridge(attached) => Some(attached.neighbours()),
+            Self::None | Self::Taken { .. } => None,
+        }
     }
 
     /// The sandbox's address, where kapsel has chosen it.

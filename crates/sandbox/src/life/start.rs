@@ -1,6 +1,6 @@
 //! The start of a sandbox, in order.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use kapsel_machine::{Machine, Snapshot};
 use kapsel_protocol::api;
@@ -9,8 +9,10 @@ use super::{
     Cause, Error, Guest, Later, Sandbox, State, Wanted,
     agent::Agent,
     blueprint::{self, Blueprint, Occupant, Scratch},
+    forward::Ports,
     guest_spec::{self, GuestSpec, Rootfs},
     lock,
+    names::{Names, Watch},
     network::{self, Connection, Plugs},
     shares::{self, Servers},
     size,
@@ -104,6 +106,8 @@ impl Sandbox {
         let plan = request.io.plan()?;
         self.init.want(Wanted { plan: plan.clone(), uris: request.io.uris(), process: None });
         let (rootfs, disk) = root(&request.rootfs)?;
+        let ports = self.take_ports()?;
+        let published = ports.list();
         let storage = self.wishes.storage;
         let guest_spec =
             guest_spec::translate(&self.spec, self.container(), &rootfs, storage.is_some(), |path| {
@@ -134,6 +138,7 @@ impl Sandbox {
         // 3. The network.
         let Plugs { nics, interfaces } = self.connect(guest_spec.shares.len()).await?;
         blueprint.spec.nics = nics;
+        let forward = self.forward(ports, cgroup.as_ref())?;
 
         // 4. The machine: a clone of a template, or a cold boot.
         let (machine, origin) = self.machine(&blueprint, prepared.as_ref()).await?;
@@ -152,27 +157,38 @@ impl Sandbox {
         let channel = machine.connect(self.config.start_timeout()).await?;
         let agent = Agent::open(&channel, self.watch.clone()).await?;
         let hostname = self.spec.hostname().clone().unwrap_or_else(|| name.into());
+        let (names, watch) = self.names(&hostname)?;
+        let others = match &watch {
+            Some(watch) => watch.list().await,
+            None => Vec::new(),
+        };
+        let files = names.files(&others);
+        let naming = agent.names(self.container(), files.clone());
         let (release, pid) = if let Origin::Prepared { pid } = origin {
             let process =
                 guest_spec.spec.process().clone().ok_or_else(|| Error::Invalid("no process".into()))?;
             let seccomp = filter.unwrap_or_default();
             *lock(&self.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
-            let (release, configured) = tokio::join!(agent.hello(), agent.configure(&hostname, interfaces));
+            let (release, configured, named) =
+                tokio::join!(agent.hello(), agent.configure(&hostname, interfaces), naming);
             configured?;
+            named?;
             (release?, pid)
         } else {
             let token = token();
             let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
             let streams = Streams::connect(&*channel, token, &plan, &self.init.hub, log);
-            let (release, configured, created, streams) = tokio::join!(
+            let (release, configured, created, named, streams) = tokio::join!(
                 agent.hello(),
                 agent.configure(&hostname, interfaces),
                 agent.create(&create),
+                naming,
                 streams
             );
             let release = release?;
             configured?;
             let pid = created?;
+            named?;
             self.init.connected(streams?).await;
             (release, pid)
         };
@@ -182,6 +198,7 @@ impl Sandbox {
         let address = lock(&self.host).network.address();
         self.note(|record| {
             record.address = address;
+            record.ports = published;
             record.machine = Some(MachineInfo {
                 accelerator: blueprint.accelerator().into(),
                 isolation: blueprint.isolation.to_string(),
@@ -193,12 +210,14 @@ impl Sandbox {
                 shim: std::process::id(),
                 monitor: machine.pid(),
                 fsd,
+                forward,
             });
         });
         self.watch_channel(channel.clone());
         let writes_host = guest_spec.shares.iter().any(|share| !share.read_only);
         let _ = self.guest.set(Guest { machine, channel, agent, writes_host });
         self.init.set(State::Created);
+        self.follow_names(watch, names, &files);
         self.want_template(&blueprint, origin, prepared.as_ref());
         Ok(pid)
     }
@@ -227,6 +246,43 @@ impl Sandbox {
         .await?;
         lock(&self.host).network = connection;
         Ok(plugs)
+    }
+
+    /// What the container is told of names, and what tells of changes where there are other sandboxes.
+    fn names(&self, hostname: &str) -> Result<(Names, Option<Watch>), Error> {
+        let (address, neighbours) = {
+            let host = lock(&self.host);
+            (host.network.address(), host.network.neighbours())
+        };
+        let watch = neighbours.map(Watch::new).transpose();
+        let watch = watch.map_err(|e| Error::Resources(format!("cannot watch the bridge: {e}")))?;
+        Ok((Names::new(&self.wishes, &self.network(), hostname, address), watch))
+    }
+
+    /// Takes the ports of the host that it publishes.
+    fn take_ports(&self) -> Result<Ports, Error> {
+        let wanted = &self.wishes.publish;
+        if !wanted.is_empty() {
+            self.network().check_publish().map_err(Error::Invalid)?;
+        }
+        Ports::take(wanted)
+    }
+
+    /// Has what comes to published ports carried into the sandbox, by a process whose end ends the sandbox: nobody would reach it.
+    fn forward(
+        self: &Arc<Self>,
+        ports: Ports,
+        cgroup: Option<&kapsel_jail::Cgroup>,
+    ) -> Result<Option<u32>, Error> {
+        let Some(address) = lock(&self.host).network.address() else { return Ok(None) };
+        let forwarder = ports.forward(address, &self.bundle, &self.id, &self.config, cgroup)?;
+        let Some(forwarder) = forwarder else { return Ok(None) };
+        let pid = forwarder.pid();
+        let watch =
+            forwarder.watch().map_err(|e| Error::Resources(format!("cannot watch a process: {e}")))?;
+        lock(&self.host).forwarder = Some(forwarder);
+        self.end_with(watch, "the process that carries its ports died".into());
+        Ok(Some(pid))
     }
 
     fn draw(
@@ -382,16 +438,20 @@ impl Sandbox {
         let watches =
             servers.watches().map_err(|e| Error::Resources(format!("cannot watch a file server: {e}")))?;
         for (source, pidfd) in watches {
-            let sandbox = Arc::downgrade(self);
-            tokio::spawn(async move {
-                shares::ended(pidfd).await;
-                if let Some(sandbox) = sandbox.upgrade() {
-                    let reason = format!("the file server of {source} died");
-                    sandbox.end(Cause::Broken(reason)).await;
-                }
-            });
+            self.end_with(pidfd, format!("the file server of {source} died"));
         }
         Ok(())
+    }
+
+    /// Ends the sandbox when a process does.
+    fn end_with(self: &Arc<Self>, pidfd: OwnedFd, reason: String) {
+        let sandbox = Arc::downgrade(self);
+        tokio::spawn(async move {
+            shares::ended(pidfd).await;
+            if let Some(sandbox) = sandbox.upgrade() {
+                sandbox.end(Cause::Broken(reason)).await;
+            }
+        });
     }
 
     fn watch_machine(self: &Arc<Self>, machine: &Arc<dyn Machine>) {

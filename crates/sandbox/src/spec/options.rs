@@ -1,12 +1,13 @@
 //! What a person can ask for, and what an image says of itself.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{net::IpAddr, path::PathBuf, str::FromStr};
 
 use oci_spec::image::ImageConfiguration;
 
 use super::Error;
 use crate::config::{Isolation, parse_size};
 use crate::network::Network;
+use crate::publish::Publish;
 
 /// What an image says how it wants to be run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -124,6 +125,12 @@ pub struct RunOptions {
     pub storage: Option<u64>,
     /// Which network.
     pub network: Network,
+    /// Name servers; empty: those of the host.
+    pub dns: Vec<IpAddr>,
+    /// Names for `/etc/hosts`.
+    pub add_hosts: Vec<(String, IpAddr)>,
+    /// Published ports.
+    pub publish: Vec<Publish>,
     /// Replaces the image's stop signal.
     pub stop_signal: Option<String>,
 }

@@ -57,6 +57,9 @@ fn everything_asked_for() {
         network: Network::Namespace("/run/netns/a".into()),
         stop_signal: Some("HUP".into()),
         entrypoint: None,
+        dns: vec!["192.0.2.1".parse().unwrap()],
+        add_hosts: vec![("db".into(), "192.0.2.7".parse().unwrap())],
+        publish: vec!["8080:80".parse().unwrap()],
     };
     let spec = build(&image(), &options).unwrap();
     let source = dir.path().canonicalize().unwrap();

@@ -89,6 +89,9 @@ pub fn run(host: &Host, flags: Run, mut trace: Trace) -> Outcome {
         tmpfs: flags.files.tmpfs.clone(),
         volumes: flags.files.volumes.clone(),
         network: flags.network.network.clone(),
+        dns: flags.network.dns.clone(),
+        add_hosts: flags.network.add_host.clone(),
+        publish: flags.network.publish.iter().flat_map(|ports| ports.0.iter().copied()).collect(),
         stop_signal: flags.stop_signal.map(|signal| signal.to_string()),
         ..machine_options(host, &flags.machine)?
     };
@@ -104,6 +107,9 @@ pub fn run(host: &Host, flags: Run, mut trace: Trace) -> Outcome {
 
 fn check(flags: &Run) -> Result<(), Failure> {
     flags.network.network.check()?;
+    if !flags.network.publish.is_empty() {
+        flags.network.network.check_publish().map_err(Failure::new)?;
+    }
     if flags.terminal && flags.interactive && !flags.detach && !terminal::stdin_is_terminal() {
         return Err(
             Failure::new("-t needs a terminal, and standard input is none").hint("leave -t out, and keep -i")
