@@ -4,7 +4,6 @@
 //! | --- | --- |
 //! | `args` | the command line |
 //! | `report` | errors, as engines find them |
-//! | `bundle` | what config.json asks for, or why that cannot be had |
 //! | `state` | the containers of one engine |
 //! | `stand_in` | the host process that stands for a process in a guest |
 //! | `console` | terminals |
@@ -15,7 +14,6 @@
 //! stand-in stays: it carries the container's streams and signals, and ends as the container ends.
 
 mod args;
-mod bundle;
 mod console;
 mod hooks;
 mod report;

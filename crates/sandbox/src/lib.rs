@@ -9,6 +9,7 @@ pub mod attach;
 pub mod cleanup;
 pub mod client;
 pub mod config;
+pub mod engine;
 pub mod host;
 pub mod launch;
 pub mod life;

@@ -10,11 +10,9 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use kapsel_sandbox::{client::RootfsMount, paths::Id};
+use kapsel_sandbox::{client::RootfsMount, engine::Network, paths::Id};
 use oci_spec::runtime::{Process, Spec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-
-use crate::bundle::Network;
 
 /// What a stand-in is for.
 #[derive(Debug, Serialize, Deserialize)]

@@ -2,10 +2,10 @@
 
 use std::{os::fd::AsFd, path::PathBuf, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use kapsel_sandbox::{
-    annotations::NETWORK,
     client::{Client, Error as ClientError, ProcessStatus},
+    engine::{Bundle, Network},
     launch,
     paths::Id,
     record::Record,
@@ -21,7 +21,7 @@ use super::{
     control::{Answer, Control, NewContainer, NewProcess},
     streams::{self, Running, Wanted},
 };
-use crate::{bundle::Network, verbs::Host};
+use crate::verbs::Host;
 
 /// How long a shim may take to clear up and tell that a start has failed.
 const SHIM_TELLS: Duration = Duration::from_secs(10);
@@ -107,14 +107,7 @@ fn connected(order: &NewContainer) -> anyhow::Result<Spec> {
         Network::At(path) => path.clone(),
     };
     let mut spec = order.spec.clone();
-    let mut annotations = spec.annotations().clone().unwrap_or_default();
-    let wish = kapsel_sandbox::network::Network::Namespace(path);
-    if annotations.insert(NETWORK.into(), wish.to_string()).is_some() {
-        bail!(
-            "the annotation {NETWORK} is not for engines: they say with their own network settings what a container gets"
-        );
-    }
-    spec.set_annotations(Some(annotations));
+    Bundle::connect(&mut spec, &path)?;
     Ok(spec)
 }
 

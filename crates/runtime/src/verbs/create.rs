@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::bail;
-use kapsel_sandbox::{paths::Id, removal};
+use kapsel_sandbox::{engine::Bundle, paths::Id, removal};
 
 use super::{Call, wait, write_pid};
 use crate::{
-    args,
-    bundle::Bundle,
-    console, hooks,
+    args, console, hooks,
     stand_in::{NewContainer, Order, StandIn, explain},
     state::{Container, Status},
 };

@@ -1,6 +1,7 @@
 //! `exec`.
 
 use anyhow::{Context, bail};
+use kapsel_sandbox::engine;
 use oci_spec::runtime::{Capability, Process, Spec, User};
 
 use super::{
@@ -9,7 +10,7 @@ use super::{
     read_json, write_pid,
 };
 use crate::{
-    args, bundle, console,
+    args, console,
     stand_in::{NewProcess, Order, StandIn},
     state::{Container, Status},
 };
@@ -30,7 +31,7 @@ impl Call<'_> {
             bail!("process.args is empty: there is nothing to run");
         }
         let mut warnings = Vec::new();
-        bundle::check_process(&mut process, &mut warnings)?;
+        engine::check_process(&mut process, &mut warnings)?;
         warnings.iter().for_each(|warning| self.report.warn(warning));
         let terminal = process.terminal().unwrap_or(false);
         let foreground = if flags.detach { Foreground::Ends } else { Foreground::Stays };

@@ -3,15 +3,10 @@
 use std::{io::Write, os::unix::fs::OpenOptionsExt};
 
 use anyhow::Context;
+use kapsel_sandbox::engine::{self, OCI_MAX};
 use serde::Serialize;
-use serde_json::json;
 
 use crate::{args, state::Shown};
-
-/// The oldest specification whose bundles are understood.
-const OCI_MIN: &str = "1.0.0";
-/// The newest.
-const OCI_MAX: &str = "1.3.0";
 
 /// Prints text as it is.
 pub fn text(text: &str) -> anyhow::Result<()> {
@@ -49,27 +44,7 @@ pub fn version() {
 
 /// `features`.
 pub fn features() -> anyhow::Result<()> {
-    json(&json!({
-        "ociVersionMin": OCI_MIN,
-        "ociVersionMax": OCI_MAX,
-        "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
-        "mountOptions": [
-            "async", "atime", "bind", "dev", "diratime", "dirsync", "exec", "lazytime", "mand", "noatime", "nodev",
-            "nodiratime", "noexec", "nolazytime", "nomand", "norelatime", "nostrictatime", "nosuid", "nosymfollow",
-            "private", "rbind", "relatime", "ro", "rprivate", "rro", "rshared", "rslave", "runbindable", "rw",
-            "shared", "silent", "slave", "strictatime", "suid", "symfollow", "sync", "unbindable",
-        ],
-        "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
-            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": true },
-            "seccomp": { "enabled": true },
-            "apparmor": { "enabled": false },
-            "selinux": { "enabled": false },
-            "intelRdt": { "enabled": false },
-        },
-        "annotations": { "io.kapsel.runtime.version": env!("CARGO_PKG_VERSION") },
-        "potentiallyUnsafeConfigAnnotations": ["io.kapsel."],
-    }))
+    json(&engine::features())
 }
 
 /// `spec`.

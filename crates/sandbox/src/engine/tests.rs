@@ -1,10 +1,10 @@
-use kapsel_sandbox::config::{Key, Origin};
+use crate::config::{Key, Origin};
 use serde_json::{Value, json};
 
 use super::*;
 
 /// A bundle with an empty root, and a specification as podman writes it, changed by `change`.
-fn read(config: &Config, change: impl FnOnce(&mut Value)) -> anyhow::Result<Bundle> {
+fn read(config: &Config, change: impl FnOnce(&mut Value)) -> Result<Bundle, Error> {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir_all(dir.path().join("rootfs/bin")).unwrap();
     fs::write(dir.path().join("hosts"), "127.0.0.1 localhost").unwrap();

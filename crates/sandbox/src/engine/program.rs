@@ -7,12 +7,13 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use anyhow::bail;
 use oci_spec::runtime::Spec;
 use rustix::{
     fs::{Mode, OFlags, ResolveFlags},
     io::Errno,
 };
+
+use super::refusal::{Refusal, refuse};
 
 /// What the host sees of one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ enum Seen {
 }
 
 /// Refuses a program that is certainly not there. Only the guest knows for sure; it has the last word at `start`.
-pub fn check(spec: &Spec, rootfs: &Path) -> anyhow::Result<()> {
+pub fn check(spec: &Spec, rootfs: &Path) -> Result<(), Refusal> {
     let Some(process) = spec.process() else { return Ok(()) };
     let Some(program) = process.args().as_ref().and_then(|args| args.first()) else { return Ok(()) };
     let Ok(root) = open(rootfs) else { return Ok(()) };
@@ -37,8 +38,8 @@ pub fn check(spec: &Spec, rootfs: &Path) -> anyhow::Result<()> {
     if program.contains('/') {
         let path = process.cwd().join(program);
         return match look(&path) {
-            Seen::Nothing => bail!("exec: {program:?}: stat {}: no such file or directory", path.display()),
-            Seen::NotExecutable => bail!("exec: {program:?}: permission denied"),
+            Seen::Nothing => refuse!("exec: {program:?}: stat {}: no such file or directory", path.display()),
+            Seen::NotExecutable => refuse!("exec: {program:?}: permission denied"),
             Seen::Program | Seen::Unknown => Ok(()),
         };
     }
@@ -46,7 +47,7 @@ pub fn check(spec: &Spec, rootfs: &Path) -> anyhow::Result<()> {
     let mut places = path.unwrap_or_default().split(':').filter(|dir| dir.starts_with('/'));
     match places.any(|dir| matches!(look(&Path::new(dir).join(program)), Seen::Program | Seen::Unknown)) {
         true => Ok(()),
-        false => bail!("exec: {program:?}: executable file not found in $PATH"),
+        false => refuse!("exec: {program:?}: executable file not found in $PATH"),
     }
 }
 

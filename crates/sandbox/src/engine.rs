@@ -1,9 +1,11 @@
-//! The engine's bundle, made into what a sandbox is launched with. All that cannot be had in a machine of its own is refused
+//! An engine's bundle, made into what a sandbox is launched with. All that cannot be had in a machine of its own is refused
 //! here, by name and with the reason, before anything starts.
 
+mod features;
 mod machine;
 mod mounts;
 mod program;
+mod refusal;
 
 use std::{
     collections::HashMap,
@@ -12,10 +14,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail};
-use kapsel_sandbox::{client::RootfsMount, config::Config};
+pub use features::{OCI_MAX, OCI_MIN, features};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Spec};
+pub use refusal::{Error, Refusal};
+use refusal::{Why, refuse};
 use serde::{Deserialize, Serialize};
+
+use crate::{annotations::NETWORK, client::RootfsMount, config::Config};
 
 /// A larger config.json is none.
 const CONFIG_MAX: u64 = 8 << 20;
@@ -53,31 +58,43 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Reads and checks a bundle.
-    pub fn read(dir: &Path, config: &Config) -> anyhow::Result<Self> {
-        let dir = fs::canonicalize(dir).with_context(|| format!("cannot use bundle {}", dir.display()))?;
-        let path = dir.join("config.json");
-        let mut json = Vec::new();
-        let file = fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        file.take(CONFIG_MAX + 1)
-            .read_to_end(&mut json)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        if json.len() as u64 > CONFIG_MAX {
-            bail!("{} has more than {} MiB, which no specification needs", path.display(), CONFIG_MAX >> 20);
+    /// Gives the sandbox the interfaces of this network namespace: what the engine and its hooks have put there by now.
+    ///
+    /// # Errors
+    /// When the engine asks for another network by an annotation.
+    pub fn connect(spec: &mut Spec, namespace: &Path) -> Result<(), Refusal> {
+        let mut annotations = spec.annotations().clone().unwrap_or_default();
+        let wish = crate::network::Network::Namespace(namespace.into());
+        if annotations.insert(NETWORK.into(), wish.to_string()).is_some() {
+            refuse!(
+                "the annotation {NETWORK} is not for engines: they say with their own network settings what a container gets"
+            );
         }
-        Self::parse(dir, &json, config).with_context(|| format!("cannot follow {}", path.display()))
+        spec.set_annotations(Some(annotations));
+        Ok(())
     }
 
-    fn parse(dir: PathBuf, json: &[u8], config: &Config) -> anyhow::Result<Self> {
-        let mut value: serde_json::Value = serde_json::from_slice(json).context("it is not JSON")?;
-        let Some(object) = value.as_object_mut() else { bail!("it is not a JSON object") };
+    /// Reads and checks a bundle.
+    ///
+    /// # Errors
+    /// When it cannot be read, is not what the specification says, or asks for something that a machine cannot give.
+    pub fn read(dir: &Path, config: &Config) -> Result<Self, Error> {
+        let dir = fs::canonicalize(dir).map_err(|source| Error::Read { path: dir.into(), source })?;
+        let path = dir.join("config.json");
+        let json = read_config(&path)?;
+        Self::parse(dir, &json, config).map_err(|refusal| Error::Refused { path, refusal })
+    }
+
+    fn parse(dir: PathBuf, json: &[u8], config: &Config) -> Result<Self, Refusal> {
+        let mut value: serde_json::Value = serde_json::from_slice(json).why("it is not JSON")?;
+        let Some(object) = value.as_object_mut() else { refuse!("it is not a JSON object") };
         // By hand: the specification crate knows `vm` as it was before version 1.3.
         let hardware = object.remove("vm").map(machine::Hardware::of).transpose()?.unwrap_or_default();
         refuse_parts(object)?;
-        let mut spec: Spec = serde_json::from_value(value).context("it is not an OCI specification")?;
+        let mut spec: Spec = serde_json::from_value(value).why("it is not an OCI specification")?;
         let version: Vec<&str> = spec.version().splitn(3, '.').collect();
         if version.len() != 3 || version[0] != "1" {
-            bail!("ociVersion {:?} is not 1.x.y", spec.version());
+            refuse!("ociVersion {:?} is not 1.x.y", spec.version());
         }
         let mut warnings = Vec::new();
         let network = namespaces(&mut spec)?;
@@ -97,8 +114,22 @@ impl Bundle {
     }
 }
 
+/// Reads a `config.json` within its bound.
+///
+/// # Errors
+/// When it cannot be read, or is larger than any specification.
+pub fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
+    let failed = |source| Error::Read { path: path.into(), source };
+    let mut json = Vec::new();
+    fs::File::open(path).map_err(failed)?.take(CONFIG_MAX + 1).read_to_end(&mut json).map_err(failed)?;
+    match json.len() as u64 > CONFIG_MAX {
+        true => Err(Error::TooLarge { path: path.into(), limit: CONFIG_MAX >> 20 }),
+        false => Ok(json),
+    }
+}
+
 /// Parts that no Linux container in a guest can have.
-fn refuse_parts(object: &serde_json::Map<String, serde_json::Value>) -> anyhow::Result<()> {
+fn refuse_parts(object: &serde_json::Map<String, serde_json::Value>) -> Result<(), Refusal> {
     let is_set = |value: Option<&serde_json::Value>| match value {
         None | Some(serde_json::Value::Null) => false,
         Some(serde_json::Value::Object(map)) => !map.is_empty(),
@@ -108,11 +139,11 @@ fn refuse_parts(object: &serde_json::Map<String, serde_json::Value>) -> anyhow::
     };
     for platform in ["windows", "solaris", "zos"] {
         if is_set(object.get(platform)) {
-            bail!("it is for {platform}, and a kapsel guest runs Linux");
+            refuse!("it is for {platform}, and a kapsel guest runs Linux");
         }
     }
     let Some(linux) = object.get("linux").and_then(|linux| linux.as_object()) else {
-        bail!("it has no `linux` part; `kapsel-runtime spec` writes one to begin with");
+        refuse!("it has no `linux` part; `kapsel-runtime spec` writes one to begin with");
     };
     for (key, why) in [
         (
@@ -129,20 +160,20 @@ fn refuse_parts(object: &serde_json::Map<String, serde_json::Value>) -> anyhow::
         ("timeOffsets", "the guest has a clock of its own"),
     ] {
         if is_set(linux.get(key)) {
-            bail!("it asks for linux.{key}, which a sandbox cannot give: {why}");
+            refuse!("it asks for linux.{key}, which a sandbox cannot give: {why}");
         }
     }
     Ok(())
 }
 
 /// Takes the network namespace out, which stays on the host, and refuses those of the host.
-fn namespaces(spec: &mut Spec) -> anyhow::Result<Network> {
+fn namespaces(spec: &mut Spec) -> Result<Network, Refusal> {
     use LinuxNamespaceType as T;
-    let mut linux = spec.linux().clone().context("it has no `linux` part")?;
+    let mut linux = spec.linux().clone().why("it has no `linux` part")?;
     let mut list = linux.namespaces().clone().unwrap_or_default();
     let has = |typ| list.iter().any(|namespace| namespace.typ() == typ);
     if has(T::User) {
-        bail!(
+        refuse!(
             "it asks for a user namespace, which a sandbox cannot give: user ids of the host end at the guest's \
              kernel; leave out --userns (the machine confines the container's root)"
         );
@@ -154,7 +185,7 @@ fn namespaces(spec: &mut Spec) -> anyhow::Result<Network> {
         (T::Uts, "--uts=host"),
     ] {
         if !has(typ) {
-            bail!(
+            refuse!(
                 "it asks for the host's {typ} namespace ({flag}), which a container with a kernel of its own cannot \
                  be in; leave that out, or run this container with runc"
             );
@@ -164,7 +195,7 @@ fn namespaces(spec: &mut Spec) -> anyhow::Result<Network> {
         if let Some(path) = namespace.path()
             && !matches!(namespace.typ(), T::Network)
         {
-            bail!(
+            refuse!(
                 "it asks for the {} namespace at {}, which is of the host's kernel or of another container's: each \
                  container here has a kernel of its own (pods and --{}=container:… need runc)",
                 namespace.typ(),
@@ -186,15 +217,14 @@ fn namespaces(spec: &mut Spec) -> anyhow::Result<Network> {
 }
 
 /// Docker names the host's network namespace as it names any other. The frames of the host's interfaces would go to the guest.
-fn not_the_hosts(path: PathBuf) -> anyhow::Result<PathBuf> {
+fn not_the_hosts(path: PathBuf) -> Result<PathBuf, Refusal> {
     use std::os::unix::fs::MetadataExt;
     let place = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
-    let there =
-        place(&path).with_context(|| format!("cannot use the network namespace {}", path.display()))?;
+    let there = place(&path).why(&format!("cannot use the network namespace {}", path.display()))?;
     // Whoever calls this, and the whole machine: an engine may have been started in a namespace of its own.
     let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"].map(|own| place(Path::new(own)).ok());
     if hosts.contains(&Some(there)) {
-        bail!(
+        refuse!(
             "it asks for the host's network namespace, {} (--network=host), which a container with a kernel of its own \
              cannot be in; leave that out, or run this container with runc",
             path.display()
@@ -203,12 +233,12 @@ fn not_the_hosts(path: PathBuf) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-fn rootfs(spec: &Spec, dir: &Path) -> anyhow::Result<RootfsMount> {
+fn rootfs(spec: &Spec, dir: &Path) -> Result<RootfsMount, Refusal> {
     /// Of an EROFS file, at byte 1024.
     const EROFS: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
-    let root = spec.root().as_ref().context("it has no `root`")?;
+    let root = spec.root().as_ref().why("it has no `root`")?;
     let path = dir.join(root.path());
-    let path = fs::canonicalize(&path).with_context(|| format!("cannot use root.path {}", path.display()))?;
+    let path = fs::canonicalize(&path).why(&format!("cannot use root.path {}", path.display()))?;
     if path.is_dir() {
         // A read-only root gets an overlay in the guest: mount points are made in it, and nothing on the host.
         let access = if root.readonly().unwrap_or(false) { "ro" } else { "rw" };
@@ -223,17 +253,17 @@ fn rootfs(spec: &Spec, dir: &Path) -> anyhow::Result<RootfsMount> {
     if path.is_file() && magic().is_ok_and(|magic| magic == EROFS) {
         return Ok(RootfsMount::erofs(path));
     }
-    bail!(
+    refuse!(
         "root.path {} is neither a directory nor an EROFS image, which a sandbox could have",
         path.display()
     )
 }
 
 /// Checks the process, and takes out the labels of security modules that the guest's kernel does not have.
-fn process(spec: &mut Spec, warnings: &mut Vec<String>) -> anyhow::Result<bool> {
-    let mut process = spec.process().clone().context("it has no `process`")?;
+fn process(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<bool, Refusal> {
+    let mut process = spec.process().clone().why("it has no `process`")?;
     if process.args().as_ref().is_none_or(Vec::is_empty) {
-        bail!("process.args is empty: there is nothing to run");
+        refuse!("process.args is empty: there is nothing to run");
     }
     check_process(&mut process, warnings)?;
     let terminal = process.terminal().unwrap_or(false);
@@ -244,13 +274,16 @@ fn process(spec: &mut Spec, warnings: &mut Vec<String>) -> anyhow::Result<bool> 
     Ok(terminal)
 }
 
-/// What holds for each process, also one that is added.
+/// What holds for each process, also one that is added. What is left out of it is told in `warnings`.
+///
+/// # Errors
+/// When a guest cannot run it.
 pub fn check_process(
     process: &mut oci_spec::runtime::Process,
     warnings: &mut Vec<String>,
-) -> anyhow::Result<()> {
+) -> Result<(), Refusal> {
     if !process.cwd().is_absolute() {
-        bail!("process.cwd {:?} is not an absolute path", process.cwd());
+        refuse!("process.cwd {:?} is not an absolute path", process.cwd());
     }
     for (name, label) in [("AppArmor", process.apparmor_profile()), ("SELinux", process.selinux_label())] {
         if label.as_ref().is_some_and(|label| !label.is_empty()) {
@@ -264,13 +297,13 @@ pub fn check_process(
 }
 
 /// A node of the same number would be another device in the guest.
-fn devices(spec: &Spec) -> anyhow::Result<()> {
+fn devices(spec: &Spec) -> Result<(), Refusal> {
     /// null, zero, full, random, urandom, tty, console, ptmx, tun, fuse: the same in every kernel.
     const EVERYWHERE: [(i64, i64); 10] =
         [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
     let devices = spec.linux().as_ref().and_then(|linux| linux.devices().clone()).unwrap_or_default();
     match devices.iter().find(|device| !EVERYWHERE.contains(&(device.major(), device.minor()))) {
-        Some(device) => bail!(
+        Some(device) => refuse!(
             "it asks for the host's device {}, which the guest's kernel does not have; leave out --device (and \
              --privileged, which asks for all devices)",
             device.path().display()
@@ -281,10 +314,10 @@ fn devices(spec: &Spec) -> anyhow::Result<()> {
 
 /// Takes out the hooks that run on the host.
 #[allow(deprecated, reason = "Docker still uses prestart")]
-fn hooks(spec: &mut Spec) -> anyhow::Result<Hooks> {
+fn hooks(spec: &mut Spec) -> Result<Hooks, Refusal> {
     let mut hooks = spec.hooks().clone().unwrap_or_default();
     if hooks.create_container().as_ref().is_some_and(|list| !list.is_empty()) {
-        bail!(
+        refuse!(
             "it has createContainer hooks, programs of the host that run in the container's namespaces: those are in \
              the guest, where the host's programs are not; use createRuntime or startContainer hooks"
         );
@@ -300,7 +333,7 @@ fn hooks(spec: &mut Spec) -> anyhow::Result<Hooks> {
         .flatten()
     {
         if !hook.path().is_absolute() {
-            bail!("hook {} is not an absolute path", hook.path().display());
+            refuse!("hook {} is not an absolute path", hook.path().display());
         }
     }
     Ok(hooks)

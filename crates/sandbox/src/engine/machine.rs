@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, bail};
-use kapsel_sandbox::{
+use oci_spec::runtime::Spec;
+use serde::Deserialize;
+
+use super::refusal::{Refusal, Why, refuse};
+use crate::{
     annotations::{PREFIX, Wishes},
     config::Config,
     spec::GUEST_RESERVE,
 };
-use oci_spec::runtime::Spec;
-use serde::Deserialize;
 
 /// `vm.hwConfig` of specification 1.3.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -23,16 +24,16 @@ pub struct Hardware {
 
 impl Hardware {
     /// Reads `vm`.
-    pub fn of(vm: serde_json::Value) -> anyhow::Result<Self> {
+    pub fn of(vm: serde_json::Value) -> Result<Self, Refusal> {
         let serde_json::Value::Object(mut vm) = vm else { return Ok(Self::default()) };
         let hardware = vm.remove("hwConfig").unwrap_or_default();
         if let Some(other) = vm.keys().next() {
-            bail!(
+            refuse!(
                 "it asks for vm.{other}, which an engine does not choose here: see the configuration's kernel and qemu"
             );
         }
         let hardware: Option<Self> = serde_json::from_value(hardware)
-            .context("vm.hwConfig has something else than vcpus and memory (in bytes)")?;
+            .why("vm.hwConfig has something else than vcpus and memory (in bytes)")?;
         Ok(hardware.unwrap_or_default())
     }
 }
@@ -44,7 +45,7 @@ pub fn wishes(
     hardware: &Hardware,
     annotations: &HashMap<String, String>,
     config: &Config,
-) -> anyhow::Result<Wishes> {
+) -> Result<Wishes, Refusal> {
     let ours: HashMap<String, String> = annotations
         .iter()
         .filter(|(key, _)| key.starts_with(PREFIX))
@@ -55,7 +56,7 @@ pub fn wishes(
     for key in ours.keys() {
         let name = key.strip_prefix(PREFIX).unwrap_or(key);
         if !config.engine_annotations().any(|allowed| allowed == name) {
-            bail!(
+            refuse!(
                 "annotation {key} is not allowed to engines here; the administrator allows it by engine_annotations = [{name:?}]"
             );
         }
@@ -76,7 +77,7 @@ pub fn wishes(
         .filter(|cpus| *cpus > config.cpus());
     wishes.cpus = wishes.cpus.or(hardware.vcpus).or(whole);
     if let Some(cpus) = wishes.cpus.filter(|cpus| !(1..=64).contains(cpus)) {
-        bail!("it asks for {cpus} virtual CPUs, and a machine has 1 to 64");
+        refuse!("it asks for {cpus} virtual CPUs, and a machine has 1 to 64");
     }
     Ok(wishes)
 }

@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail};
 use oci_spec::runtime::{Mount, Spec};
+
+use super::refusal::{Refusal, Why, refuse};
 
 /// Of a file system in memory (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -15,15 +16,17 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 const SHM: &str = "/dev/shm";
 
 /// Makes sources of binds absolute, and shared memory the guest's own.
-pub fn translate(spec: &mut Spec, dir: &Path) -> anyhow::Result<()> {
+pub fn translate(spec: &mut Spec, dir: &Path) -> Result<(), Refusal> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
         let at = mount.destination().clone();
         let source = mount.source().clone().filter(|source| !source.as_os_str().is_empty());
-        let source =
-            dir.join(source.with_context(|| format!("the mount at {} has no source", at.display()))?);
-        let source = fs::canonicalize(&source)
-            .with_context(|| format!("cannot mount {} at {}", source.display(), at.display()))?;
+        let source = dir.join(source.why(&format!("the mount at {} has no source", at.display()))?);
+        let source = fs::canonicalize(&source).why(&format!(
+            "cannot mount {} at {}",
+            source.display(),
+            at.display()
+        ))?;
         check(&source, &at)?;
         match shared_memory(&source, &at) {
             Some(size) => to_tmpfs(mount, size),
@@ -39,8 +42,8 @@ fn is_bind(mount: &Mount) -> bool {
         || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
 }
 
-fn check(source: &Path, at: &Path) -> anyhow::Result<()> {
-    let typ = fs::metadata(source).with_context(|| format!("cannot mount {}", source.display()))?.file_type();
+fn check(source: &Path, at: &Path) -> Result<(), Refusal> {
+    let typ = fs::metadata(source).why(&format!("cannot mount {}", source.display()))?.file_type();
     let what = if typ.is_socket() {
         "a socket, whose other end is a process of the host"
     } else if typ.is_fifo() {
@@ -50,7 +53,11 @@ fn check(source: &Path, at: &Path) -> anyhow::Result<()> {
     } else {
         return Ok(());
     };
-    bail!("cannot mount {} at {}: it is {what}, which the guest cannot reach", source.display(), at.display())
+    refuse!(
+        "cannot mount {} at {}: it is {what}, which the guest cannot reach",
+        source.display(),
+        at.display()
+    )
 }
 
 /// The size of the memory that an engine prepares for this container's processes to share, when the mount is that: they are all
