@@ -3,7 +3,7 @@
 # Everything that a build, a run or a test needs from Debian is named here and nowhere else.
 PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs nftables
-PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 podman docker.io
+PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 podman docker.io containerd
 PACKAGES_BENCH := runc crun runsc
 
 SHELL := /bin/bash

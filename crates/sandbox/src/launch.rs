@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::{fs::OpenOptionsExt, net::UnixListener, process::CommandExt},
     },
     path::{Path, PathBuf},
@@ -127,6 +127,50 @@ pub async fn launch(
     }
 }
 
+/// A bundle that is ready to be owned.
+#[derive(Debug)]
+pub struct Furnished {
+    /// Its directory.
+    pub bundle: Bundle,
+    /// Listens; the Task API.
+    pub task: UnixListener,
+    /// Listens; streams.
+    pub attach: UnixListener,
+}
+
+/// Makes a bundle for a shim that is there already: this process.
+///
+/// # Errors
+/// When the bundle cannot be written. Nothing is left then.
+pub fn furnish(registry: &Registry, record: &mut Record, spec: &Spec) -> Result<Furnished, Error> {
+    let bundle = registry.create(record)?;
+    let furnished = fill(&bundle, spec).and_then(|sockets| Ok((sockets, log(&bundle)?)));
+    match furnished {
+        Ok(((task, attach), _)) => Ok(Furnished { bundle, task, attach }),
+        Err(error) => {
+            let _ = registry.remove(&bundle);
+            Err(error)
+        }
+    }
+}
+
+/// Writes the specification and makes the sockets: here and not by the shim, so that nobody ever waits for one to appear.
+fn fill(bundle: &Bundle, spec: &Spec) -> Result<(UnixListener, UnixListener), Error> {
+    let unwritten = |source| Error::Io { what: "write", path: bundle.spec(), source };
+    let json = serde_json::to_vec(spec).map_err(|error| unwritten(error.into()))?;
+    if json.len() > limits::SPEC_MAX {
+        return Err(Error::TooLarge { bytes: json.len() });
+    }
+    record::replace(&bundle.spec(), &json).map_err(unwritten)?;
+    Ok((listen(&bundle.shim_socket())?, listen(&bundle.attach_socket())?))
+}
+
+/// Where the shim and the servers of its shares say what goes wrong.
+fn log(bundle: &Bundle) -> Result<fs::File, Error> {
+    let open = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(bundle.shim_log());
+    open.map_err(|source| Error::Io { what: "create", path: bundle.shim_log(), source })
+}
+
 fn start(
     shim: &Path,
     bundle: &Bundle,
@@ -134,15 +178,7 @@ fn start(
     spec: &Spec,
     options: Options<'_>,
 ) -> Result<Option<Leash>, Error> {
-    let unwritten = |source| Error::Io { what: "write", path: bundle.spec(), source };
-    let json = serde_json::to_vec(spec).map_err(|error| unwritten(error.into()))?;
-    if json.len() > limits::SPEC_MAX {
-        return Err(Error::TooLarge { bytes: json.len() });
-    }
-    record::replace(&bundle.spec(), &json).map_err(unwritten)?;
-    // Bound here and not by the shim, so that nobody ever waits for a socket to appear.
-    let task = listen(&bundle.shim_socket())?;
-    let attach = listen(&bundle.attach_socket())?;
+    let (task, attach) = fill(bundle, spec)?;
     let (ours, theirs) = match options.leash {
         true => {
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|source| Error::Io {
@@ -154,17 +190,11 @@ fn start(
         }
         false => (None, None),
     };
-    let log = fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(bundle.shim_log())
-        .map_err(|source| Error::Io { what: "create", path: bundle.shim_log(), source })?;
-
+    let log = log(bundle)?;
     let mut command = Command::new(shim);
     command.arg("serve").arg("--bundle").arg(bundle.dir()).arg("--id").arg(id.as_str());
-    let mut passed = vec![("--socket-fd", task.as_fd()), ("--attach-fd", attach.as_fd())];
-    passed.extend(theirs.as_ref().map(|leash| ("--leash-fd", leash.as_fd())));
+    let mut passed = vec![("--socket-fd", OwnedFd::from(task)), ("--attach-fd", attach.into())];
+    passed.extend(theirs.map(|leash| ("--leash-fd", leash)));
     for (flag, fd) in &passed {
         command.arg(flag).arg(fd.as_raw_fd().to_string());
     }
@@ -175,7 +205,7 @@ fn start(
         command.env("KAPSEL_CONFIG", file);
     }
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
-    inherit(&mut command, passed.iter().map(|(_, fd)| fd.as_raw_fd()).collect());
+    inherit(&mut command, passed.into_iter().map(|(_, fd)| fd).collect());
     command.spawn().map_err(|source| Error::Io { what: "start", path: shim.into(), source })?;
     Ok(ours)
 }
@@ -184,14 +214,12 @@ fn listen(path: &Path) -> Result<UnixListener, Error> {
     UnixListener::bind(path).map_err(|source| Error::Io { what: "listen on", path: path.into(), source })
 }
 
-/// Makes `fds` survive the exec, and the shim the leader of a session: keys of a terminal are not for it.
-fn inherit(command: &mut Command, fds: Vec<i32>) {
+/// Makes `fds` survive the exec, with their numbers, and the shim the leader of a session: keys of a terminal are not for it.
+pub fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {
     let in_child = move || {
         // Only async-signal-safe system calls from here on: the parent may have threads.
         rustix::process::setsid()?;
-        for &fd in &fds {
-            // SAFETY: `fd` is open: the caller of `inherit` keeps it until after the spawn.
-            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        for fd in &fds {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
         }
         Ok(())

@@ -49,6 +49,8 @@ use crate::{
 
 /// How long a guest may take for SIGKILL before its machine is killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the output of a process may wait for its reader once the process is deleted.
+const UNREAD: Duration = Duration::from_secs(2);
 /// The exit code of processes whose machine failed under them, as containerd has it.
 const LOST: u32 = 255;
 
@@ -189,6 +191,11 @@ impl Sandbox {
         }
         let execs = lock(&self.execs);
         execs.get(exec_id).cloned().ok_or_else(|| Error::NotFound(format!("there is no process {exec_id:?}")))
+    }
+
+    /// The process on the host that runs the machine; 0 before it is there.
+    pub fn monitor(&self) -> u32 {
+        lock(&self.record).machine.as_ref().map_or(0, |machine| machine.monitor)
     }
 
     /// Whether anybody asked for the container.
@@ -465,6 +472,11 @@ impl Sandbox {
             return Ok(exit);
         }
         lock(&self.execs).remove(exec_id);
+        // What nobody has read by then nobody wants.
+        tokio::spawn(async move {
+            tokio::time::sleep(UNREAD).await;
+            process.abandon();
+        });
         if exit.is_some()
             && let Ok(guest) = self.guest()
         {

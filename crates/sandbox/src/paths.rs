@@ -100,7 +100,9 @@ impl Paths {
     /// # Errors
     /// When a directory cannot be made, is not ours, or is writable for others.
     pub fn prepare(&self) -> Result<(), Error> {
-        for dir in [&self.data, &self.state, &self.sandboxes(), &self.names(), &self.templates()] {
+        for dir in
+            [&self.data, &self.state, &self.sandboxes(), &self.names(), &self.templates(), &self.engines()]
+        {
             private_dir(dir)?;
         }
         Ok(())
@@ -144,6 +146,18 @@ impl Paths {
     /// One symbolic link per name in use, to the short id.
     pub fn names(&self) -> PathBuf {
         self.state.join("names")
+    }
+
+    fn engines(&self) -> PathBuf {
+        self.state.join("engines")
+    }
+
+    /// Where the shim listens that an engine started for a container or pod, which it names by several words.
+    pub fn engine_socket(&self, name: &[&str]) -> PathBuf {
+        use sha2::{Digest, Sha256};
+        let mut hash = Sha256::new();
+        name.iter().for_each(|word| hash.update(format!("{}:{word}", word.len())));
+        self.engines().join(format!("{}.sock", &hex::encode(hash.finalize())[..32]))
     }
 
     /// The bundle of one sandbox.

@@ -79,7 +79,7 @@ impl Streams {
         if plan.stdin != Endpoint::Nowhere {
             let guest = open(channel, token, Kind::Stdin).await?;
             let (pump, closer) =
-                input::start(guest, hub.take(StreamKind::Stdin), input::fifo(&plan.stdin)?, true);
+                input::start(guest, hub.take(StreamKind::Stdin), input::fifo(&plan.stdin, false)?, true);
             streams.inputs.push(pump);
             streams.close_stdin = Some(closer);
         }
@@ -108,7 +108,7 @@ impl Streams {
     ) -> Result<(), Error> {
         let guest = open(channel, token, Kind::Tty).await?;
         let (reader, writer) = tokio::io::split(guest);
-        let fifo = input::fifo(&plan.stdin)?;
+        let fifo = input::fifo(&plan.stdin, true)?;
         let (pump, closer) = input::start(writer, hub.take(StreamKind::Stdin), fifo, false);
         let sinks = output::Sinks::open(&plan.stdout, log, logs::Stream::Stdout)?;
         self.outputs.push(output::start_terminal(reader, hub.take(StreamKind::Tty), sinks, closer.clone()));

@@ -10,6 +10,8 @@ use std::{
 use anyhow::{Context, bail};
 use kapsel_sandbox::paths::Id;
 
+use crate::engine::flags::{self, Call};
+
 /// What this process shall do.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
@@ -23,8 +25,8 @@ pub enum Command {
         /// Of the container.
         rootfs: Option<PathBuf>,
     },
-    /// Say which version this is.
-    Version,
+    /// What containerd wants.
+    Engine(Call),
 }
 
 /// Which sandbox to own.
@@ -43,7 +45,13 @@ pub struct Serve {
 }
 
 /// Reads the arguments after the program's name.
-pub fn parse(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Command> {
+pub fn parse(args: impl Iterator<Item = OsString>) -> anyhow::Result<Command> {
+    let mut args = args.peekable();
+    let flag = args.peek().and_then(|first| first.to_str()).is_some_and(|first| first.starts_with('-'));
+    // containerd begins with flags, and kapsel with a command.
+    if flag {
+        return Ok(Command::Engine(flags::parse(args)?));
+    }
     let command = args.next().unwrap_or_default();
     match command.to_str() {
         Some("serve") => serve(&options(args)?),
@@ -53,7 +61,6 @@ pub fn parse(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Command
                 options.iter().position(|(name, _)| name == "--rootfs").map(|n| options.remove(n).1.into());
             Ok(Command::BuildTemplate { annotations: annotations(&options)?, rootfs })
         }
-        Some("--version" | "-v") => Ok(Command::Version),
         _ => bail!(
             "{command:?} is no command of this program, which kapsel starts by itself: use `kapsel run` to get a sandbox"
         ),
@@ -129,7 +136,7 @@ mod tests {
             panic!("a template")
         };
         assert_eq!((annotations["a"].as_str(), rootfs), ("b=c", Some("/x".into())));
-        assert_eq!(run("--version").unwrap(), Command::Version);
+        assert_eq!(run("--version").unwrap(), Command::Engine(Call::Version));
     }
 
     #[test]

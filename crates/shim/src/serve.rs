@@ -13,8 +13,8 @@ use kapsel_sandbox::{
     cleanup,
     config::Config,
     life::{Cause, Sandbox},
-    owner,
-    paths::{Bundle, Paths},
+    owner::{self, Ownership},
+    paths::{Bundle, Id, Paths},
     record::{Exit, Record, Status, now},
     timings::Stopwatch,
 };
@@ -22,6 +22,7 @@ use tokio::{
     io::AsyncReadExt,
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
+    task::JoinHandle,
 };
 use ttrpc::asynchronous::{Server, transport::Listener};
 
@@ -37,42 +38,87 @@ const LINGER: Duration = Duration::from_secs(10);
 /// How long a shim waits for its first order when nobody is connected.
 const UNWANTED: Duration = Duration::from_secs(30);
 
-/// Owns a sandbox until nothing of it is left.
+/// Owns the sandbox of one command until nothing of it is left.
 pub async fn serve(paths: Paths, config: Config, args: Serve, watch: Stopwatch) -> anyhow::Result<()> {
-    let bundle = Bundle::at(&args.bundle);
-    let owned = owner::claim(&bundle).with_context(|| format!("cannot own {}", args.bundle.display()))?;
-    let Some(_owned) = owned else { bail!("{} belongs to another shim", args.bundle.display()) };
-    let task_socket = listener(args.socket).context("cannot use --socket-fd")?;
-    let attach_socket = listener(args.attach).context("cannot use --attach-fd")?;
-    let leash = args.leash.map(connection).transpose().context("cannot use --leash-fd")?;
-
-    let sandbox = match Sandbox::open(paths.clone(), config, bundle.clone(), args.id, watch) {
-        Ok(sandbox) => sandbox,
-        Err(error) => {
-            record_failure(&paths, &bundle, &error.to_string());
-            return Err(error.into());
-        }
+    let sockets = Sockets {
+        task: listener(args.socket).context("cannot use --socket-fd")?,
+        attach: listener(args.attach).context("cannot use --attach-fd")?,
     };
-    let clients = Clients::default();
-    let attaching = tokio::spawn(attach::accept(attach_socket, sandbox.clone(), clients.clone()));
-    let mut server = Server::new()
-        .register_service(create_task(Arc::new(TaskService::new(sandbox.clone()))))
-        .add_listener(counted(task_socket, clients.clone()));
-    server.start().await.context("cannot serve the Task API")?;
-    tokio::spawn(watch_signals(sandbox.clone())?);
+    let leash = args.leash.map(connection).transpose().context("cannot use --leash-fd")?;
+    let bundle = Bundle::at(&args.bundle);
+    let owned = Owned::take(paths, config, bundle, args.id, sockets, watch).await?;
+    let (asked, sandbox) = (asked_to_end()?, owned.sandbox.clone());
+    tokio::spawn(async move {
+        asked.await;
+        sandbox.end(terminated()).await;
+    });
     if let Some(leash) = leash {
-        tokio::spawn(hold(leash, sandbox.clone()));
+        tokio::spawn(hold(leash, owned.sandbox.clone()));
     }
-    tokio::spawn(give_up(sandbox.clone(), clients.clone()));
-
-    sandbox.gone().await;
-    // Whoever waits for the end has it within this time, or is not interested.
-    let _ = tokio::time::timeout(LINGER, clients.none()).await;
-    attaching.abort();
+    tokio::spawn(give_up(owned.sandbox.clone(), owned.clients.clone()));
+    owned.gone().await;
     Ok(())
 }
 
-fn listener(fd: RawFd) -> std::io::Result<UnixListener> {
+/// What a sandbox's clients connect to.
+pub struct Sockets {
+    /// The Task API.
+    pub task: UnixListener,
+    /// Streams.
+    pub attach: UnixListener,
+}
+
+/// A sandbox that this process owns, and answers for to kapsel's commands.
+pub struct Owned {
+    /// Itself.
+    pub sandbox: Arc<Sandbox>,
+    clients: Clients,
+    attaching: JoinHandle<()>,
+    _server: Server,
+    _ownership: Ownership,
+}
+
+impl Owned {
+    /// Takes a bundle; nothing is started yet.
+    pub async fn take(
+        paths: Paths,
+        config: Config,
+        bundle: Bundle,
+        id: Id,
+        sockets: Sockets,
+        watch: Stopwatch,
+    ) -> anyhow::Result<Self> {
+        let claimed =
+            owner::claim(&bundle).with_context(|| format!("cannot own {}", bundle.dir().display()))?;
+        let Some(ownership) = claimed else { bail!("{} belongs to another shim", bundle.dir().display()) };
+        let sandbox = match Sandbox::open(paths.clone(), config, bundle.clone(), id, watch) {
+            Ok(sandbox) => sandbox,
+            Err(error) => {
+                record_failure(&paths, &bundle, &error.to_string());
+                return Err(error.into());
+            }
+        };
+        let clients = Clients::default();
+        let attaching = tokio::spawn(attach::accept(sockets.attach, sandbox.clone(), clients.clone()));
+        let name = sandbox.id().as_str().to_owned();
+        let mut server = Server::new()
+            .register_service(create_task(Arc::new(TaskService::new(sandbox.clone(), name))))
+            .add_listener(counted(sockets.task, clients.clone()));
+        server.start().await.context("cannot serve the Task API")?;
+        Ok(Self { sandbox, clients, attaching, _server: server, _ownership: ownership })
+    }
+
+    /// Waits until nothing of the sandbox is left, and its clients have their answers.
+    pub async fn gone(self) {
+        self.sandbox.gone().await;
+        // Whoever waits for the end has it within this time, or is not interested.
+        let _ = tokio::time::timeout(LINGER, self.clients.none()).await;
+        self.attaching.abort();
+    }
+}
+
+/// A listening socket that was passed to this process.
+pub fn listener(fd: RawFd) -> std::io::Result<UnixListener> {
     // SAFETY: the parent passed `fd` to this process for this purpose alone (`kapsel_sandbox::launch`); nothing here has
     // used it before.
     let listener = unsafe { std::os::unix::net::UnixListener::from_raw_fd(fd) };
@@ -94,15 +140,15 @@ fn connection(fd: RawFd) -> std::io::Result<UnixStream> {
 }
 
 /// The Task API's connections, counted.
-fn counted(listener: UnixListener, clients: Clients) -> Listener {
+pub fn counted(listener: UnixListener, clients: Clients) -> Listener {
     Listener::new(stream::unfold((listener, clients), |(listener, clients)| async move {
         let accepted = listener.accept().await.map(|(stream, _)| Counted::new(stream, &clients));
         Some((accepted, (listener, clients)))
     }))
 }
 
-/// Ends the sandbox in order when this process is asked to.
-fn watch_signals(sandbox: Arc<Sandbox>) -> anyhow::Result<impl Future<Output = ()>> {
+/// Waits until this process is asked to end.
+pub fn asked_to_end() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch signals")?;
     Ok(async move {
@@ -110,8 +156,12 @@ fn watch_signals(sandbox: Arc<Sandbox>) -> anyhow::Result<impl Future<Output = (
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        sandbox.end(Cause::Killed("the shim was asked to terminate".into())).await;
     })
+}
+
+/// Why a sandbox ends with the process that owns it.
+pub fn terminated() -> Cause {
+    Cause::Killed("the shim was asked to terminate".into())
 }
 
 /// Ends the sandbox with the process that holds the leash, unless that lets go.

@@ -15,26 +15,28 @@ use crate::convert;
 /// The service.
 pub struct TaskService {
     sandbox: Arc<Sandbox>,
+    /// What its container is called by those who ask.
+    name: String,
 }
 
 impl TaskService {
-    /// Serves `sandbox`.
-    pub fn new(sandbox: Arc<Sandbox>) -> Self {
-        Self { sandbox }
+    /// Serves `sandbox`, whose container is called `name`.
+    pub fn new(sandbox: Arc<Sandbox>, name: String) -> Self {
+        Self { sandbox, name }
     }
 
     /// The sandbox, if `id` is its container.
     fn sandbox(&self, id: &str) -> Result<&Arc<Sandbox>> {
-        if id == self.sandbox.id().as_str() {
+        if id == self.name {
             return Ok(&self.sandbox);
         }
-        let message = format!("this shim's container is {}, not {id:?}", self.sandbox.id());
+        let message = format!("this shim's container is {}, not {id:?}", self.name);
         Err(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, message)))
     }
 }
 
 /// Carries out `work` to its end, whether or not somebody still waits for it.
-async fn to_the_end<T: Send + 'static>(
+pub async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = std::result::Result<T, Error>> + Send + 'static,
 ) -> Result<T> {
     match tokio::spawn(work).await {
@@ -46,7 +48,8 @@ async fn to_the_end<T: Send + 'static>(
     }
 }
 
-fn told<T>(result: std::result::Result<T, Error>) -> Result<T> {
+/// A result as the Task API has it.
+pub fn told<T>(result: std::result::Result<T, Error>) -> Result<T> {
     result.map_err(|error| convert::status(&error))
 }
 
@@ -214,6 +217,7 @@ impl Task for TaskService {
     }
 }
 
-fn unimplemented(message: &str) -> ttrpc::Error {
+/// What cannot be done.
+pub fn unimplemented(message: &str) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(Code::UNIMPLEMENTED, message))
 }

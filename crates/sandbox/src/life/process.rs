@@ -1,9 +1,12 @@
 //! One process of a sandbox, as the host sees it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use oci_spec::runtime::Process as OciProcess;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::{
     record::Exit,
@@ -36,6 +39,8 @@ pub struct Process {
     state: watch::Sender<State>,
     wanted: Mutex<Option<Wanted>>,
     streams: tokio::sync::Mutex<Option<Streams>>,
+    input_closed: AtomicBool,
+    abandoned: Notify,
 }
 
 /// What a client asked for.
@@ -58,6 +63,8 @@ impl Process {
             state: watch::Sender::new(State::New),
             wanted: Mutex::default(),
             streams: tokio::sync::Mutex::default(),
+            input_closed: AtomicBool::new(false),
+            abandoned: Notify::new(),
         })
     }
 
@@ -102,12 +109,18 @@ impl Process {
 
     pub(super) async fn connected(&self, streams: Streams) {
         self.hub.close_unused();
-        *self.streams.lock().await = Some(streams);
+        let mut held = self.streams.lock().await;
+        if self.input_closed.load(Ordering::Relaxed) {
+            streams.close_stdin().await;
+        }
+        *held = Some(streams);
     }
 
-    /// Ends its input from outside.
+    /// Ends its input from outside; also that of a process whose streams are not connected yet.
     pub async fn close_stdin(&self) {
-        if let Some(streams) = &*self.streams.lock().await {
+        let streams = self.streams.lock().await;
+        self.input_closed.store(true, Ordering::Relaxed);
+        if let Some(streams) = &*streams {
             streams.close_stdin().await;
         }
     }
@@ -117,8 +130,16 @@ impl Process {
         let streams = self.streams.lock().await.take();
         if let Some(mut streams) = streams {
             streams.ended();
-            streams.drained().await;
+            tokio::select! {
+                () = streams.drained() => {}
+                () = self.abandoned.notified() => tracing::warn!("output was not delivered to its end"),
+            }
         }
+    }
+
+    /// What it printed and nobody has read is dropped.
+    pub(super) fn abandon(&self) {
+        self.abandoned.notify_one();
     }
 
     /// Drops its streams as they are.

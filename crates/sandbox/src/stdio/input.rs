@@ -1,9 +1,11 @@
 //! To a process: several sources, one stream.
 
+use std::sync::Arc;
+
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::unix::pipe,
-    sync::mpsc,
+    sync::{Notify, mpsc},
     task::{JoinHandle, JoinSet},
 };
 
@@ -17,22 +19,35 @@ enum Piece {
 
 /// Ends a process's input from elsewhere, and feeds it.
 #[derive(Clone, Debug)]
-pub(super) struct Closer(mpsc::Sender<Piece>);
+pub(super) struct Closer {
+    pieces: mpsc::Sender<Piece>,
+    /// For the reader of a FIFO, which first takes what is in it.
+    closing: Arc<Notify>,
+    has_fifo: bool,
+}
 
 impl Closer {
-    /// As if the source had ended.
+    /// Ends the input, but for what a FIFO holds already.
     pub(super) async fn close(&self) {
+        match self.has_fifo {
+            true => self.closing.notify_one(),
+            false => self.end().await,
+        }
+    }
+
+    /// As if the source had ended.
+    async fn end(&self) {
         // The pump is gone when the input has ended already.
-        let _ = self.0.send(Piece::End).await;
+        let _ = self.pieces.send(Piece::End).await;
     }
 }
 
-/// Opens the FIFO of an input endpoint. For reading and writing: it then does not end when a writer does, but with
-/// `CloseIO`, as containerd's clients expect.
-pub(super) fn fifo(endpoint: &Endpoint) -> Result<Option<pipe::Receiver>, Error> {
+/// Opens the FIFO of an input endpoint. It ends with its last writer, as a pipe does; a terminal's does not, so that a client can come
+/// back to it.
+pub(super) fn fifo(endpoint: &Endpoint, terminal: bool) -> Result<Option<pipe::Receiver>, Error> {
     match endpoint {
         Endpoint::Fifo(path) => {
-            let open = pipe::OpenOptions::new().read_write(true).open_receiver(path);
+            let open = pipe::OpenOptions::new().read_write(terminal).open_receiver(path);
             open.map(Some).map_err(|source| Error::Open { path: path.clone(), source })
         }
         Endpoint::File(path) => Err(Error::BadUri(format!("file://{}", path.display()))),
@@ -49,8 +64,8 @@ pub(super) fn start(
 ) -> (JoinHandle<()>, Closer) {
     // One piece waits while another is written: that is all the memory this takes.
     let (sender, pieces) = mpsc::channel(1);
-    let closer = Closer(sender.clone());
-    (tokio::spawn(pump(guest, attachers, fifo, ends, sender, pieces)), closer)
+    let closer = Closer { pieces: sender, closing: Arc::default(), has_fifo: fifo.is_some() };
+    (tokio::spawn(pump(guest, attachers, fifo, ends, closer.clone(), pieces)), closer)
 }
 
 async fn pump(
@@ -58,19 +73,19 @@ async fn pump(
     mut attachers: mpsc::Receiver<Attacher>,
     fifo: Option<pipe::Receiver>,
     ends: bool,
-    sender: mpsc::Sender<Piece>,
+    closer: Closer,
     mut pieces: mpsc::Receiver<Piece>,
 ) {
     // Dropped, and with it all sources, when the input ends.
     let mut sources = JoinSet::new();
     if let Some(fifo) = fifo {
-        sources.spawn(feed(fifo, Closer(sender.clone()), false));
+        sources.spawn(feed_from_fifo(fifo, closer.clone()));
     }
     loop {
         tokio::select! {
             Some(attacher) = attachers.recv() => {
                 // Only the receiving half is used; the client sees the end of its connection when the input ends.
-                sources.spawn(feed(attacher.connection, Closer(sender.clone()), ends));
+                sources.spawn(feed(attacher.connection, closer.clone(), ends));
             }
             Some(_) = sources.join_next() => {}
             piece = pieces.recv() => match piece {
@@ -93,6 +108,33 @@ async fn pump(
     }
 }
 
+/// Moves bytes from a FIFO to the pump, until its last writer ends or the input is to be closed.
+async fn feed_from_fifo(mut fifo: pipe::Receiver, to: Closer) {
+    let mut bytes = vec![0; PIECE];
+    loop {
+        tokio::select! {
+            read = fifo.read(&mut bytes) => match read {
+                Ok(n) if n > 0 => {
+                    if to.pieces.send(Piece::Bytes(bytes[..n].to_vec())).await.is_err() {
+                        return;
+                    }
+                }
+                _ => return to.end().await,
+            },
+            () = to.closing.notified() => break,
+        }
+    }
+    // What was written before the order to close comes before the end.
+    while let Ok(n) = fifo.try_read(&mut bytes)
+        && n > 0
+    {
+        if to.pieces.send(Piece::Bytes(bytes[..n].to_vec())).await.is_err() {
+            return;
+        }
+    }
+    to.end().await;
+}
+
 /// Moves bytes from a source to the pump.
 pub(super) async fn feed(mut source: impl AsyncRead + Unpin, to: Closer, ends: bool) {
     // Small for keys, growing to full pieces for bulk.
@@ -106,13 +148,13 @@ pub(super) async fn feed(mut source: impl AsyncRead + Unpin, to: Closer, ends: b
                     size = (size * 2).min(PIECE);
                 }
                 bytes.truncate(n);
-                if to.0.send(Piece::Bytes(bytes)).await.is_err() {
+                if to.pieces.send(Piece::Bytes(bytes)).await.is_err() {
                     return;
                 }
             }
         }
     }
     if ends {
-        to.close().await;
+        to.end().await;
     }
 }

@@ -177,20 +177,38 @@ fn input_travels_and_its_end_too() {
 }
 
 #[test]
-fn close_io_ends_the_input_of_a_fifo() {
+fn close_io_ends_the_input_of_a_fifo_after_what_is_in_it() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("in");
         make_fifo(&path);
         let plan = Plan { stdin: Endpoint::Fifo(path.clone()), ..attached_plan() };
         let (streams, mut guests) = connect(&plan, &Hub::default(), None).await;
-        std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-        tokio::task::spawn_blocking(move || std::fs::write(path, "typed")).await.unwrap().unwrap();
-        let mut five = [0; 5];
-        guests[0].read_exact(&mut five).await.unwrap();
+        // Open to the end of the test, as an engine's.
+        let mut writer = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        std::io::Write::write_all(&mut writer, &[b'x'; 60_000]).unwrap();
         streams.close_stdin().await;
-        assert_eq!(guests[0].read(&mut five).await.unwrap(), 0);
-        assert_eq!(&five, b"typed");
+        let mut all = Vec::new();
+        guests[0].read_to_end(&mut all).await.unwrap();
+        assert_eq!(all.len(), 60_000);
+    });
+}
+
+#[test]
+fn a_fifo_ends_with_its_last_writer() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("in");
+        make_fifo(&path);
+        let plan = Plan { stdin: Endpoint::Fifo(path.clone()), ..attached_plan() };
+        let (_streams, mut guests) = connect(&plan, &Hub::default(), None).await;
+        // Without a writer yet it has not ended.
+        let nothing = tokio::time::timeout(Duration::from_millis(50), guests[0].read_u8()).await;
+        assert!(nothing.is_err(), "{nothing:?}");
+        tokio::task::spawn_blocking(move || std::fs::write(path, "typed")).await.unwrap().unwrap();
+        let mut all = String::new();
+        guests[0].read_to_string(&mut all).await.unwrap();
+        assert_eq!(all, "typed");
     });
 }
 

@@ -1,0 +1,371 @@
+//! Containers of containerd's, each from its bundle to a sandbox and back.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context;
+use containerd_shim_protos::{api, events::task as message, protobuf::MessageField};
+use kapsel_sandbox::{
+    client::RootfsMount,
+    engine::{Bundle, Network},
+    launch,
+    life::{Cause, CreateRequest, Error, Process, Sandbox},
+    paths::Id,
+    record::{Exit, Record},
+    registry::Registry,
+    timings::Stopwatch,
+};
+use tokio::{sync::watch, task::JoinHandle};
+
+use super::{
+    Host,
+    events::{Event, Events},
+    flags::Flags,
+    rootfs, sandbox_file,
+};
+use crate::{
+    convert,
+    serve::{Owned, Sockets},
+    task::TaskService,
+};
+
+/// How long output may wait for its reader once its container is deleted.
+const UNREAD: Duration = Duration::from_secs(2);
+
+/// The containers that this process answers for.
+pub struct Tasks {
+    host: Host,
+    flags: Flags,
+    events: Events,
+    /// By containerd's ids; `None` while one is being made.
+    tasks: Mutex<HashMap<String, Option<Arc<Task>>>>,
+    /// How many there are, and whether there was one.
+    count: watch::Sender<Count>,
+}
+
+/// What decides whether this process is still needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Containers now.
+    pub now: usize,
+    /// Whether there was ever one.
+    pub begun: bool,
+    /// Whether containerd has no more for this process.
+    pub dismissed: bool,
+}
+
+/// One container.
+pub struct Task {
+    /// containerd's id.
+    pub id: String,
+    /// containerd's bundle.
+    pub bundle: PathBuf,
+    /// Its sandbox.
+    pub sandbox: Arc<Sandbox>,
+    /// Answers for it.
+    pub service: TaskService,
+    /// Of the process on the host that stands for it.
+    pub pid: u32,
+    /// Those that tell of the ends of added processes.
+    added: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Tasks {
+    /// None yet.
+    pub fn new(host: Host, flags: Flags, events: Events) -> Arc<Self> {
+        Arc::new(Self { host, flags, events, tasks: Mutex::default(), count: watch::Sender::default() })
+    }
+
+    /// What decides whether this process is still needed.
+    pub fn count(&self) -> watch::Receiver<Count> {
+        self.count.subscribe()
+    }
+
+    /// containerd has no more for this process.
+    pub fn dismiss(&self) {
+        self.count.send_modify(|count| count.dismissed = true);
+    }
+
+    /// Tells containerd.
+    pub fn tell(&self, event: &Event) {
+        self.events.tell(event);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Task>>>> {
+        // Whole between statements, so a panic elsewhere does not spoil it.
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changed(&self) {
+        let now = self.lock().len();
+        self.count.send_modify(|count| {
+            count.now = now;
+            count.begun |= now > 0;
+        });
+    }
+
+    /// A container by containerd's id.
+    ///
+    /// # Errors
+    /// When there is none, or not yet.
+    pub fn get(&self, id: &str) -> Result<Arc<Task>, Error> {
+        match self.lock().get(id) {
+            Some(Some(task)) => Ok(task.clone()),
+            Some(None) => Err(Error::State(format!("container {id} is being made"))),
+            None => Err(Error::NotFound(format!("this shim has no container {id:?}"))),
+        }
+    }
+
+    /// Those that are there.
+    pub fn all(&self) -> Vec<Arc<Task>> {
+        self.lock().values().flatten().cloned().collect()
+    }
+
+    /// Makes a container and its sandbox. On an error nothing of it is left.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn create(self: &Arc<Self>, request: api::CreateTaskRequest) -> Result<Arc<Task>, Error> {
+        {
+            let mut tasks = self.lock();
+            if tasks.contains_key(&request.id) {
+                return Err(Error::AlreadyExists(format!("container {} is there already", request.id)));
+            }
+            tasks.insert(request.id.clone(), None);
+        }
+        self.changed();
+        let bundle = PathBuf::from(&request.bundle);
+        match self.make(&request, &bundle).await {
+            Ok(task) => {
+                self.lock().insert(request.id.clone(), Some(task.clone()));
+                self.tell(&created(&request, task.pid));
+                let (tasks, ending) = (self.clone(), task.clone());
+                tokio::spawn(async move { tasks.tell_end(&ending).await });
+                Ok(task)
+            }
+            Err(error) => {
+                let unmounted = rootfs::unmount(&bundle);
+                let _ = std::fs::remove_file(sandbox_file(&bundle));
+                self.lock().remove(&request.id);
+                self.changed();
+                match unmounted {
+                    Ok(()) => Err(error),
+                    Err(left) => Err(Error::Resources(format!("{error}; {left:#}"))),
+                }
+            }
+        }
+    }
+
+    async fn make(&self, request: &api::CreateTaskRequest, dir: &Path) -> Result<Arc<Task>, Error> {
+        let watch = Stopwatch::default();
+        let resources = |error: anyhow::Error| Error::Resources(format!("{error:#}"));
+        let (at, mounts) = (dir.to_owned(), request.rootfs.clone());
+        let mounting = tokio::task::spawn_blocking(move || rootfs::mount(&at, &mounts)).await;
+        mounting.map_err(|e| Error::Resources(e.to_string()))?.map_err(resources)?;
+        let mut bundle =
+            Bundle::read(dir, &self.host.config).map_err(|error| Error::Invalid(error.to_string()))?;
+        bundle.warnings.iter().for_each(|warning| tracing::info!(id = request.id, warning));
+        refuse_hooks(&bundle)?;
+        refuse_pods(&bundle)?;
+        if let Network::At(path) = &bundle.network {
+            Bundle::connect(&mut bundle.spec, path).map_err(|error| Error::Invalid(error.to_string()))?;
+        }
+        let owned = self.own(request, &bundle, watch).await.map_err(resources)?;
+        let sandbox = owned.sandbox.clone();
+        // Until the sandbox is gone: kapsel's commands see it as they see any other.
+        tokio::spawn(owned.gone());
+        let io = convert::create(request).io;
+        let create = CreateRequest { rootfs: vec![bundle.rootfs.clone()], io };
+        sandbox.create(create).await?;
+        let pid = sandbox.monitor();
+        Ok(Arc::new(Task {
+            id: request.id.clone(),
+            bundle: dir.to_owned(),
+            service: TaskService::new(sandbox.clone(), request.id.clone()),
+            sandbox,
+            pid,
+            added: Mutex::default(),
+        }))
+    }
+
+    /// Makes the sandbox's own bundle, and takes it. Where it is noted first: a killed shim leaves no secrets.
+    async fn own(
+        &self,
+        request: &api::CreateTaskRequest,
+        bundle: &Bundle,
+        watch: Stopwatch,
+    ) -> anyhow::Result<Owned> {
+        let registry = Registry::open(&self.host.paths)?;
+        let mut record = self.record(request, bundle);
+        let note = sandbox_file(&bundle.dir);
+        std::fs::write(&note, record.id.as_str())
+            .with_context(|| format!("cannot write {}", note.display()))?;
+        let furnished = launch::furnish(&registry, &mut record, &bundle.spec)?;
+        let listener = |listener: std::os::unix::net::UnixListener| {
+            listener.set_nonblocking(true)?;
+            tokio::net::UnixListener::from_std(listener)
+        };
+        let sockets = Sockets { task: listener(furnished.task)?, attach: listener(furnished.attach)? };
+        let (paths, config) = (self.host.paths.clone(), self.host.config.clone());
+        let taken = Owned::take(paths, config, furnished.bundle.clone(), record.id, sockets, watch).await;
+        if taken.is_err() {
+            registry.remove(&furnished.bundle)?;
+        }
+        taken
+    }
+
+    fn record(&self, request: &api::CreateTaskRequest, bundle: &Bundle) -> Record {
+        let args =
+            bundle.spec.process().as_ref().and_then(|process| process.args().clone()).unwrap_or_default();
+        let mut record = Record::new(Id::random(), String::new(), args);
+        record.labels = BTreeMap::from([
+            ("engine.id".to_owned(), request.id.clone()),
+            ("engine.namespace".to_owned(), self.flags.namespace.clone()),
+            ("engine.bundle".to_owned(), bundle.dir.display().to_string()),
+        ]);
+        record.terminal = request.terminal;
+        record.stdin = !request.stdin.is_empty();
+        // What remains to be known of it containerd knows.
+        record.remove = true;
+        let RootfsMount { source, .. } = &bundle.rootfs;
+        record.rootfs = Some(source.clone());
+        record
+    }
+
+    /// Tells of the end of a container's first process once those of the others are told.
+    async fn tell_end(&self, task: &Task) {
+        let exit = task.sandbox.init.exited().await;
+        let added = std::mem::take(&mut *task.added());
+        for telling in added {
+            let _ = telling.await;
+        }
+        if exit.oom {
+            self.tell(&Event::Oom(message::TaskOOM { container_id: task.id.clone(), ..Default::default() }));
+        }
+        self.tell(&exited(task, "", &exit));
+    }
+
+    /// Starts a process, and tells of that and, in time, of its end.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn start(self: &Arc<Self>, task: &Arc<Task>, exec_id: &str) -> Result<(), Error> {
+        let process = task.sandbox.process(exec_id)?;
+        task.sandbox.start(exec_id).await?;
+        // Between these two nothing waits, and this process has one thread: an end that is told comes after the start.
+        let (container_id, pid) = (task.id.clone(), task.pid);
+        if exec_id.is_empty() {
+            self.tell(&Event::Start(message::TaskStart { container_id, pid, ..Default::default() }));
+            return Ok(());
+        }
+        let exec_id = exec_id.to_owned();
+        let started = message::TaskExecStarted { container_id, exec_id, pid, ..Default::default() };
+        self.tell(&Event::ExecStarted(started));
+        let (tasks, of) = (self.clone(), task.clone());
+        let telling = tokio::spawn(async move { tasks.tell_exec_end(&of, &process).await });
+        let mut added = task.added();
+        added.retain(|telling| !telling.is_finished());
+        added.push(telling);
+        Ok(())
+    }
+
+    async fn tell_exec_end(&self, task: &Task, process: &Process) {
+        let exit = process.exited().await;
+        self.tell(&exited(task, &process.exec_id, &exit));
+    }
+
+    /// Removes a container that does not run, and with it all that it had on the host.
+    ///
+    /// # Errors
+    /// When it runs.
+    pub async fn delete(&self, task: &Arc<Task>) -> Result<Exit, Error> {
+        let sandbox = &task.sandbox;
+        if let Ok(deleted) = tokio::time::timeout(UNREAD, sandbox.delete("")).await {
+            deleted?;
+        } else {
+            // Nobody reads what it has printed: its client has gone, and will not come back to a deleted container.
+            sandbox.end(Cause::Killed("its output was not read when it was deleted".into())).await;
+        }
+        let exit = sandbox.init.exited().await;
+        rootfs::unmount(&task.bundle).map_err(|error| Error::Resources(format!("{error:#}")))?;
+        self.lock().remove(&task.id);
+        self.tell(&Event::Delete(message::TaskDelete {
+            container_id: task.id.clone(),
+            pid: task.pid,
+            exit_status: exit.code,
+            exited_at: convert::timestamp(exit.at),
+            ..Default::default()
+        }));
+        self.changed();
+        Ok(exit)
+    }
+}
+
+impl Task {
+    fn added(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.added.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn created(request: &api::CreateTaskRequest, pid: u32) -> Event {
+    let io = message::TaskIO {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+        ..Default::default()
+    };
+    Event::Create(message::TaskCreate {
+        container_id: request.id.clone(),
+        bundle: request.bundle.clone(),
+        rootfs: request.rootfs.clone(),
+        io: MessageField::some(io),
+        checkpoint: request.checkpoint.clone(),
+        pid,
+        ..Default::default()
+    })
+}
+
+/// An end; the first process is called as its container.
+fn exited(task: &Task, exec_id: &str, exit: &Exit) -> Event {
+    Event::Exit(message::TaskExit {
+        container_id: task.id.clone(),
+        id: if exec_id.is_empty() { task.id.clone() } else { exec_id.into() },
+        pid: task.pid,
+        exit_status: exit.code,
+        exited_at: convert::timestamp(exit.at),
+        ..Default::default()
+    })
+}
+
+/// The CRI plug-in makes a pod of several containers, which share more than two machines can. Refused at the first, so that no pod is
+/// left half made.
+fn refuse_pods(bundle: &Bundle) -> Result<(), Error> {
+    const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+    match bundle.annotations.get(CONTAINER_TYPE) {
+        None => Ok(()),
+        Some(typ) => Err(Error::Invalid(format!(
+            "the container is a pod's ({CONTAINER_TYPE}={typ}), and pods, whose containers share one machine, do not \
+             work yet; leave the pod's runtimeClassName out"
+        ))),
+    }
+}
+
+/// Hooks of the host look for a process of the container's on the host, and there is none.
+#[allow(deprecated, reason = "Docker still uses prestart")]
+fn refuse_hooks(bundle: &Bundle) -> Result<(), Error> {
+    let hooks = &bundle.hooks;
+    let host = [hooks.prestart(), hooks.create_runtime(), hooks.poststart(), hooks.poststop()];
+    match host.into_iter().flatten().flatten().next() {
+        None => Ok(()),
+        Some(hook) => Err(Error::Invalid(format!(
+            "the container has the hook {}, which looks for a process of the container's on the host, and there is \
+             none; leave it out (nerdctl: --net none)",
+            hook.path().display()
+        ))),
+    }
+}

@@ -1,0 +1,7 @@
+//! The shim as containerd calls it: Debian's containerd with directories of its own, and real sandboxes.
+
+mod by_hand;
+mod faults;
+mod life;
+mod streams;
+mod world;
