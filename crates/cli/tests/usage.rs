@@ -154,7 +154,7 @@ fn lists_are_empty_but_well_formed() {
         assert_eq!(text(&output.stdout), "[]\n", "{args:?}");
     }
     let output = kapsel(root.path(), ["ps"]);
-    assert_eq!(text(&output.stdout), "CONTAINER  IMAGE  COMMAND  CREATED  STATUS  NAME\n");
+    assert_eq!(text(&output.stdout), "CONTAINER  IMAGE  COMMAND  CREATED  STATUS  PORTS  NAME\n");
 }
 
 #[test]
