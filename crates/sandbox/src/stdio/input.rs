@@ -124,8 +124,8 @@ async fn feed_from_fifo(mut fifo: pipe::Receiver, to: Closer) {
             () = to.closing.notified() => break,
         }
     }
-    // What was written before the order to close comes before the end.
-    while let Ok(n) = fifo.try_read(&mut bytes)
+    // What was written before the order to close comes before the end. Asked of the kernel: the reactor may not have heard of it yet.
+    while let Ok(n) = rustix::io::read(&fifo, &mut bytes)
         && n > 0
     {
         if to.pieces.send(Piece::Bytes(bytes[..n].to_vec())).await.is_err() {
