@@ -115,6 +115,25 @@ impl Monitor {
         self.0.stdout.take().expect("stdout is a pipe")
     }
 
+    /// Types a line on the guest's console.
+    pub fn say(&mut self, line: &str) -> io::Result<()> {
+        self.0.stdin.as_mut().expect("stdin is a pipe").write_all(format!("{line}\n").as_bytes())
+    }
+
+    /// The monitor's errors until they name `what`, or end.
+    pub fn errors_until(&mut self, what: &str) -> io::Result<String> {
+        let pipe = self.0.stderr.as_mut().expect("stderr is a pipe");
+        let (mut text, mut chunk) = (String::new(), [0; 4096]);
+        while !text.contains(what) {
+            let count = pipe.read(&mut chunk)?;
+            if count == 0 {
+                break;
+            }
+            text.push_str(&String::from_utf8_lossy(&chunk[..count]));
+        }
+        Ok(text)
+    }
+
     /// What was said until the end, which comes within two minutes.
     pub fn finish(mut self) -> io::Result<Output> {
         let deadline = Instant::now() + Duration::from_secs(120);
@@ -238,7 +257,7 @@ pub fn linux_protocol() -> Result<(), Failed> {
     let mut text = String::new();
     // What is typed before the guest's driver is up may be lost, as on any serial port.
     while !text.contains(guest::READY) && console.read_line(&mut text)? > 0 {}
-    monitor.0.stdin.take().expect("stdin is a pipe").write_all(format!("{}\n", guest::LINE).as_bytes())?;
+    monitor.say(guest::LINE)?;
     console.read_to_string(&mut text)?;
     let output = Output { console: text, ..monitor.finish()? };
     output.expect(output.status.success() && output.console.contains(guest::DONE))?;
