@@ -222,12 +222,12 @@ pub enum Error {
         reason: String,
     },
 
-    /// Credentials cannot be had from the docker configuration or a credential helper.
+    /// Credentials cannot be had from the docker configuration, a credential helper or a directory of certificates.
     #[error("cannot read the credentials for {registry}: {reason}; check {}", path.display())]
     Credentials {
         /// The registry.
         registry: String,
-        /// The configuration file.
+        /// The configuration file, or the certificate.
         path: PathBuf,
         /// Why.
         reason: String,

@@ -1,7 +1,7 @@
 //! How images are pulled and imported.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use oci_spec::image::Descriptor;
@@ -113,7 +113,7 @@ pub enum Auth {
 }
 
 /// How to pull.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct PullOptions {
     /// The platform to choose from a multi-platform image.
     pub platform: Platform,
@@ -121,6 +121,29 @@ pub struct PullOptions {
     pub policy: PullPolicy,
     /// The credentials.
     pub auth: Auth,
+    /// Where a directory named `HOST[:PORT]` may hold certificates for that registry: authorities (`*.crt`) beside the
+    /// system's, and a pair to identify us (`NAME.cert`, `NAME.key`).
+    pub certificates: Vec<PathBuf>,
+}
+
+impl Default for PullOptions {
+    /// As Docker pulls, and with the certificates that it and Podman have been given.
+    fn default() -> PullOptions {
+        let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+        let own = |path: &str| home.as_ref().map(|home| home.join(path));
+        let certificates = [
+            Some("/etc/containers/certs.d".into()),
+            Some("/etc/docker/certs.d".into()),
+            own(".config/containers/certs.d"),
+            own(".config/docker/certs.d"),
+        ];
+        PullOptions {
+            platform: Platform::default(),
+            policy: PullPolicy::default(),
+            auth: Auth::default(),
+            certificates: certificates.into_iter().flatten().collect(),
+        }
+    }
 }
 
 /// Where [`Store::import`](crate::Store::import) reads from.

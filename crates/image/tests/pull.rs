@@ -279,7 +279,23 @@ fn server_errors_are_tried_again() {
     let built = image();
     registry.push("tool", "latest", &built);
     registry.fault(&digest(&built.layers[0].blob), Fault::Status { code: 503, times: 2 });
+    registry.fault("latest", Fault::Status { code: 503, times: 2 });
     pull(&store, &registry, "tool", &anonymous()).unwrap();
+    assert_eq!(registry.requests("manifests/latest").len(), 3);
+}
+
+#[test]
+fn a_registry_that_goes_on_failing_is_given_up() {
+    let (_dir, store) = store();
+    let registry = Registry::start();
+    registry.push("tool", "latest", &image());
+    for (code, times) in [(500, 4), (429, 1), (403, 1)] {
+        let before = registry.requests("manifests/latest").len();
+        registry.fault("latest", Fault::Status { code, times: 100 });
+        let error = pull(&store, &registry, "tool", &anonymous()).unwrap_err().to_string();
+        assert!(error.contains(&code.to_string()), "{error}");
+        assert_eq!(registry.requests("manifests/latest").len() - before, times, "{code}");
+    }
 }
 
 #[test]

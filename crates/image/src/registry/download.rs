@@ -3,14 +3,13 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use futures::StreamExt;
 use oci_spec::image::Descriptor;
 use reqwest::StatusCode;
 use tokio::sync::mpsc;
 
-use super::session::{Refusal, Session, cut, failure};
+use super::session::{PAUSE, Refusal, Session, cut, failure};
 use crate::digest::Hasher;
 use crate::error::{IoContext, Result};
 use crate::progress::{Phase, Progress, ProgressItem};
@@ -22,8 +21,6 @@ const ATTEMPTS: u32 = 4;
 /// Bytes by which an attempt counts as one that got on. Without a least number, a registry could drop the connection
 /// after every byte, and never be given up.
 const PROGRESS: u64 = 16 << 10;
-/// The pause before the second attempt; it doubles each time.
-const PAUSE: Duration = Duration::from_millis(250);
 /// Pieces between the network and the disk.
 const PIECES: usize = 16;
 

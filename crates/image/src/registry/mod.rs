@@ -1,6 +1,7 @@
 //! Pulling images from registries (OCI distribution spec).
 
 mod auth;
+mod certificates;
 mod credentials;
 mod download;
 mod session;
@@ -35,7 +36,7 @@ pub(crate) async fn pull(
         PullPolicy::Always => {}
     }
     let _lock = keep_blobs(store).await?;
-    let session = Session::open(reference, &options.auth, store.limits().document_size).await?;
+    let session = Session::open(reference, options, store.limits().document_size).await?;
     let document = find_manifest(&session, options).await?;
     let what = format!("manifest {}", document.digest);
     let manifest = parse_manifest(&document.json, &what, store.limits())?;

@@ -14,9 +14,9 @@ use serde::Deserialize;
 use tokio::sync::Mutex;
 
 use super::auth::{self, Challenge, Credentials, TokenRequest};
-use super::{MANIFEST_TYPES, credentials, known_type};
+use super::{MANIFEST_TYPES, certificates, credentials, known_type};
 use crate::error::Result;
-use crate::options::Auth;
+use crate::options::PullOptions;
 use crate::store::{is_index, verify};
 use crate::{Digest, Error, Reference};
 
@@ -26,6 +26,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a manifest or token may take, however steadily it trickles in.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Attempts to get a manifest or token that the registry may have later.
+const ATTEMPTS: u32 = 4;
+/// The pause before the second attempt; it doubles each time.
+pub(super) const PAUSE: Duration = Duration::from_millis(250);
 /// Bytes of a token server's reply. Tokens are headers later, so they are far smaller.
 const MAX_TOKEN_REPLY: u64 = 256 << 10;
 
@@ -73,7 +77,11 @@ struct Probe {
 
 impl Session {
     /// Finds the credentials for the repository. Nothing is sent yet.
-    pub(super) async fn open(reference: &Reference, auth: &Auth, document_size: u64) -> Result<Session> {
+    pub(super) async fn open(
+        reference: &Reference,
+        options: &PullOptions,
+        document_size: u64,
+    ) -> Result<Session> {
         let registry = reference.as_oci().resolve_registry();
         let local = is_local(registry);
         let scheme = if local { "http" } else { "https" };
@@ -86,12 +94,16 @@ impl Session {
             .user_agent(concat!("kapsel/", env!("CARGO_PKG_VERSION")))
             .https_only(!local);
         // A proxy is elsewhere, where our loopback addresses mean something else. (Go, and so Docker, has it alike.)
-        let http = if local { http.no_proxy() } else { http };
+        let http = if local {
+            http.no_proxy()
+        } else {
+            certificates::apply(http, &options.certificates, reference)?
+        };
         Ok(Session {
             http: http.build().map_err(|error| failure(reference, "pull", describe(&error)))?,
             base,
             reference: reference.clone(),
-            credentials: credentials::find(reference, auth).await?,
+            credentials: credentials::find(reference, &options.auth).await?,
             authorization: Mutex::new(None),
             document_size,
         })
@@ -107,7 +119,7 @@ impl Session {
         let wanted = digest.or(self.reference.digest());
         let tag = self.reference.tag().unwrap_or("latest");
         let name = wanted.map_or_else(|| tag.to_owned(), |digest| digest.to_string());
-        let fetched = tokio::time::timeout(DOCUMENT_TIMEOUT, self.fetch_manifest(&name)).await;
+        let fetched = tokio::time::timeout(DOCUMENT_TIMEOUT, self.fetch_patiently(&name)).await;
         let (json, content_type) =
             fetched.unwrap_or_else(|_| Err(slow())).map_err(|refusal| match refusal {
                 Refusal::TooLong(limit) => {
@@ -117,6 +129,20 @@ impl Session {
                 other => self.error(&format!("get the manifest of {}", self.reference.familiar()), &other),
             })?;
         self.document(json, wanted, content_type)
+    }
+
+    /// Tries again what may succeed later.
+    async fn fetch_patiently(&self, name: &str) -> Result<(Vec<u8>, Option<MediaType>), Refusal> {
+        for attempt in 0..ATTEMPTS - 1 {
+            match self.fetch_manifest(name).await {
+                Err(refusal) if refusal.is_momentary() => {
+                    tracing::debug!(reason = refusal.reason(), "the registry is asked again");
+                    tokio::time::sleep(PAUSE * 2u32.pow(attempt)).await;
+                }
+                fetched => return fetched,
+            }
+        }
+        self.fetch_manifest(name).await
     }
 
     async fn fetch_manifest(&self, name: &str) -> Result<(Vec<u8>, Option<MediaType>), Refusal> {
@@ -284,6 +310,16 @@ impl Refusal {
                 matches!(*status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
                     || status.is_server_error()
             }
+            Refusal::Nonsense(_) | Refusal::TooLong(_) => false,
+        }
+    }
+
+    /// Whether it is worth asking again at once, where nothing has come of it yet. Who cannot be reached, or wants fewer
+    /// requests, is not.
+    fn is_momentary(&self) -> bool {
+        match self {
+            Refusal::Connection(error) => self.is_transient() && !error.is_connect() && !error.is_timeout(),
+            Refusal::Status(status) => self.is_transient() && *status != StatusCode::TOO_MANY_REQUESTS,
             Refusal::Nonsense(_) | Refusal::TooLong(_) => false,
         }
     }
