@@ -76,7 +76,7 @@ fn held() {
     let begun = Instant::now();
     let holds = |template: &Value| !template["container"].is_null();
     while !json(&["template", "ls", "--json"]).as_array().unwrap().iter().any(holds) {
-        assert!(begun.elapsed() < Duration::from_secs(120), "no template with a container was built");
+        assert!(begun.elapsed() < Duration::from_secs(300), "no template with a container was built");
         std::thread::sleep(Duration::from_millis(500));
     }
     let ran = run(&["run", "--name", "held", "busybox", "echo", "warm"]);

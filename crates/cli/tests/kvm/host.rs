@@ -18,7 +18,7 @@ const CONFIG: &str = "/opt/config.toml";
 /// The image's archive in the box.
 pub const IMAGE: &str = "/opt/busybox.tar";
 /// The longest that everything may take.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(1200);
 
 /// Linked to the libraries of this host.
 const DYNAMIC: [&str; 3] = ["kapsel", "containerd-shim-kapsel-v2", "kapsel-fsd"];

@@ -53,7 +53,7 @@ fn carries_traffic(name: &str) {
     let listener = far(|| TcpListener::bind(("10.9.0.1", PORT)).expect("bound"));
     let echo = std::thread::spawn(move || -> std::io::Result<usize> {
         let (mut stream, _) = listener.accept()?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(300)))?;
         let mut bytes = vec![0; 1 << 20];
         stream.read_exact(&mut bytes)?;
         stream.write_all(&bytes)?;

@@ -9,7 +9,7 @@ use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use crate::guest;
-use crate::host::Files;
+use crate::host::{Files, PATIENCE};
 use crate::session::{Client, Console, Session};
 
 const SECTOR: usize = 512;
@@ -89,7 +89,7 @@ fn free_memory_comes_back(monitor: u32) -> Result<(), Failed> {
     let started = Instant::now();
     // The rest may be in pieces that are too small to be reported.
     while mib("VmRSS:")? + guest::FREED_MIB / 2 > mib("VmHWM:")? {
-        if started.elapsed() > Duration::from_secs(120) {
+        if started.elapsed() > PATIENCE {
             let (most, now) = (mib("VmHWM:")?, mib("VmRSS:")?);
             return Err(format!("the monitor had {most} MiB at most and still has {now}").into());
         }

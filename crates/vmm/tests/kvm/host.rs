@@ -17,6 +17,8 @@ use crate::guest;
 
 const VMM: &str = env!("CARGO_BIN_EXE_kapsel-vmm");
 const SECTOR: usize = 512;
+/// The longest that a guest or a monitor may take for one thing. On a busy machine an emulated one is a hundred times as slow as KVM.
+pub const PATIENCE: Duration = Duration::from_secs(300);
 /// More exits in a quiet boot mean that the kernel looks for something that is not there.
 const EXITS_MAX: u64 = 4000;
 
@@ -63,7 +65,7 @@ impl Files {
 pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
     let (host, inside) = (Files::of_host()?, Files::of_box());
     Ok(kvm_box
-        .timeout(Duration::from_secs(900))
+        .timeout(6 * PATIENCE)
         .program(host.vmm, inside.vmm)?
         .file(host.vmlinux, inside.vmlinux)
         .file(host.bzimage, inside.bzimage)
@@ -134,9 +136,9 @@ impl Monitor {
         Ok(text)
     }
 
-    /// What was said until the end, which comes within two minutes.
+    /// What was said until the end.
     pub fn finish(mut self) -> io::Result<Output> {
-        let deadline = Instant::now() + Duration::from_secs(120);
+        let deadline = Instant::now() + PATIENCE;
         // The guest may print more than the pipe holds.
         let stdout = self.0.stdout.take().map(|stdout| std::thread::spawn(move || read_all(stdout)));
         while self.0.try_wait()?.is_none() {
@@ -222,7 +224,7 @@ pub fn echo_once(listener: &UnixListener) -> io::Result<()> {
 
 /// Connects to the guest as soon as it listens.
 fn call_guest(socket: &Path) -> io::Result<String> {
-    let deadline = Instant::now() + Duration::from_secs(100);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let answer = try_call(socket);
         match answer {
@@ -234,7 +236,7 @@ fn call_guest(socket: &Path) -> io::Result<String> {
 
 fn try_call(socket: &Path) -> io::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     writeln!(stream, "CONNECT {}", guest::GUEST_PORT)?;
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();

@@ -8,7 +8,7 @@ use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use crate::guest;
-use crate::host::Files;
+use crate::host::{Files, PATIENCE};
 use crate::session::{Client, Session};
 
 /// What the disk may do in a second, in bytes: a quarter of its size, beside the quarter that passes at once.
@@ -76,7 +76,7 @@ fn put_together(client: &mut Client, files: &Files, disk: &Path, log: &Path) -> 
 
 /// The guest's numbers come with the second they are asked for, and the interval can be changed but not ended.
 fn statistics(client: &mut Client) -> Result<(), Failed> {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let (status, numbers) = client.ask("GET", "/balloon/statistics", &Value::Null)?;
         let memory = numbers["total_memory"].as_u64().unwrap_or(0) >> 20;

@@ -13,7 +13,7 @@ use libtest_mimic::Failed;
 use serde_json::Value;
 
 use crate::guest;
-use crate::host::Files;
+use crate::host::{Files, PATIENCE};
 
 /// A connection to the API.
 pub struct Client(BufReader<UnixStream>);
@@ -21,14 +21,14 @@ pub struct Client(BufReader<UnixStream>);
 impl Client {
     /// Connects as soon as the monitor listens.
     pub fn connect(socket: &Path) -> io::Result<Self> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             match UnixStream::connect(socket) {
                 Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
                 stream => {
                     let stream = stream?;
                     // A monitor that does not answer fails its test, and does not hold up all of them.
-                    stream.set_read_timeout(Some(Duration::from_secs(240)))?;
+                    stream.set_read_timeout(Some(PATIENCE))?;
                     return Ok(Client(BufReader::new(stream)));
                 }
             }
@@ -104,7 +104,7 @@ impl Console {
 
     /// Waits until the guest has ticked more often than `before`.
     pub fn wait(&self, before: usize) -> Result<(), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(240);
+        let deadline = Instant::now() + PATIENCE;
         while self.ticks() <= before {
             if Instant::now() > deadline {
                 return Err(
@@ -151,9 +151,9 @@ impl Session {
         self.monitor.0.id()
     }
 
-    /// How it ended, and what its guest printed; a minute is enough.
+    /// How it ended, and what its guest printed.
     pub fn finish(mut self) -> Result<(ExitStatus, String), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(240);
+        let deadline = Instant::now() + PATIENCE;
         while self.monitor.0.try_wait()?.is_none() {
             if Instant::now() > deadline {
                 self.monitor.0.kill()?;

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::guest;
 use crate::handler::Handler;
-use crate::host::{Files, echo_once};
+use crate::host::{Files, PATIENCE, echo_once};
 use crate::session::{Client, Session};
 
 /// So many pages are enough to see that the balloon's are removed.
@@ -135,7 +135,7 @@ fn served(
     // Its last task waits until somebody answers.
     let listener = UnixListener::bind(inside(&format!("served-vsock_{}", guest::HOST_PORT)))?;
     session.client.done("PATCH", "/vm", &json!({"state": "Resumed"}))?;
-    let deadline = Instant::now() + Duration::from_secs(240);
+    let deadline = Instant::now() + PATIENCE;
     let count = |counter: &AtomicUsize| counter.load(Ordering::SeqCst);
     let counters = handler.counters.clone();
     while count(&counters.removed) < REMOVED_MIN && Instant::now() < deadline {
