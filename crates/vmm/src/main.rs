@@ -1,16 +1,17 @@
 //! `kapsel-vmm`: runs one microVM.
 
+mod options;
+
 use std::io;
 use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::Parser;
+use kapsel_vmm::api::Server;
 use kapsel_vmm::api::control::{Answer, Builder, Next, PreBoot};
-use kapsel_vmm::api::{BODY_MAX, Server};
 use kapsel_vmm::boot_timer::{BootTimer, processor_time};
 use kapsel_vmm::builder::{self, Surroundings};
 use kapsel_vmm::config::Config;
@@ -18,92 +19,13 @@ use kapsel_vmm::confine::{self, Policy, Thread};
 use kapsel_vmm::machine::{End, Machine};
 use kapsel_vmm::metrics::{Metrics, Startup};
 use kapsel_vmm::{log, metrics, mmds, snapshot};
+use options::{Command, Options};
 use rustix::time::{ClockId, clock_gettime};
-
-/// Run one microVM. Its serial console is the standard input and output; the exit status is 0 when the guest powers itself
-/// off or resets.
-#[derive(Parser)]
-#[command(version, about)]
-struct Options {
-    /// The API's Unix socket, which is made
-    #[arg(long, value_name = "SOCKET", default_value = "/run/firecracker.socket")]
-    api_sock: PathBuf,
-    /// Have no API; the machine is then in --config-file
-    #[arg(long, requires = "config_file", conflicts_with = "api_sock")]
-    no_api: bool,
-    /// Start the machine that is described in this JSON file
-    #[arg(long, value_name = "FILE")]
-    config_file: Option<PathBuf>,
-    /// The instance's name
-    #[arg(long, default_value = "anonymous-instance", value_parser = instance_id)]
-    id: String,
-    #[command(flatten)]
-    log: LogOptions,
-    /// Where counters are told
-    #[arg(long, value_name = "FILE")]
-    metrics_path: Option<PathBuf>,
-    /// Say in the log how long the guest took to boot, when it writes 123 to the byte at 0xc0000000
-    #[arg(long)]
-    boot_timer: bool,
-    /// The longest metadata, as JSON in bytes
-    #[arg(long, value_name = "BYTES", default_value_t = BODY_MAX)]
-    mmds_size_limit: usize,
-    /// A JSON file with the metadata to begin with
-    #[arg(long, value_name = "FILE")]
-    metadata: Option<PathBuf>,
-    /// When the process was started, in microseconds of the monotonic clock; a jailer says so
-    #[arg(long, value_name = "TIME", hide_short_help = true)]
-    start_time_us: Option<u64>,
-    /// What the process had used of the processor by then, in microseconds; a jailer says so
-    #[arg(long, value_name = "TIME", hide_short_help = true)]
-    start_time_cpu_us: Option<u64>,
-    /// What its parent had used of the processor, in microseconds; a jailer says so
-    #[arg(long, value_name = "TIME", hide_short_help = true)]
-    parent_cpu_time_us: Option<u64>,
-    /// Print the version of snapshots that this program writes and reads, and end
-    #[arg(long)]
-    snapshot_version: bool,
-    /// Print the version of this snapshot's state file, and end
-    #[arg(long, value_name = "FILE")]
-    describe_snapshot: Option<PathBuf>,
-    /// Let the monitor's threads make any system call
-    #[arg(long, conflicts_with = "seccomp_filter")]
-    no_seccomp: bool,
-    /// Confine the monitor's threads by the filters in this JSON file, not by its own
-    #[arg(long, value_name = "FILE")]
-    seccomp_filter: Option<PathBuf>,
-}
-
-#[derive(clap::Args)]
-struct LogOptions {
-    /// Where messages go instead of the standard error output
-    #[arg(long, value_name = "FILE")]
-    log_path: Option<PathBuf>,
-    /// The least important messages that are written: Off, Error, Warning, Info, Debug or Trace
-    #[arg(long, value_name = "LEVEL", default_value = "Info")]
-    level: log::Level,
-    /// Write messages with their levels
-    #[arg(long)]
-    show_level: bool,
-    /// Write messages with their places in the source
-    #[arg(long)]
-    show_log_origin: bool,
-    /// Write only messages of modules whose path begins so
-    #[arg(long, value_name = "PATH")]
-    module: Option<String>,
-}
 
 impl Options {
     fn start_log(&self) -> Result<RawFd> {
-        let settings = log::Settings {
-            log_path: self.log.log_path.clone(),
-            level: Some(self.log.level),
-            show_level: Some(self.log.show_level),
-            show_log_origin: Some(self.log.show_log_origin),
-            module: self.log.module.clone(),
-        };
         log::start(&self.id);
-        log::configure(&settings).with_context(|| format!("cannot open the log {:?}", settings.log_path))
+        log::configure(&self.log).with_context(|| format!("cannot open the log {:?}", self.log.log_path))
     }
 
     fn metrics(&self) -> Result<Metrics, metrics::Error> {
@@ -140,14 +62,6 @@ impl Options {
     }
 }
 
-fn instance_id(id: &str) -> Result<String, String> {
-    if (1..=64).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
-        Ok(id.to_owned())
-    } else {
-        Err("an id is 1 to 64 letters, digits and hyphens".to_owned())
-    }
-}
-
 /// Configurations and metadata are small; what is larger is some other file, in bytes.
 const FILE_MAX: u64 = 1 << 20;
 
@@ -160,18 +74,28 @@ fn share_heap() {
     }
 }
 
+/// The exit code after a wrong command line; the same as Firecracker's.
+const WRONG_ARGUMENTS: u8 = 153;
+
 fn main() -> Result<ExitCode> {
     share_heap();
-    let options = Options::parse();
-    if options.snapshot_version {
-        println!("v{}", snapshot::format::VERSION);
-        return Ok(ExitCode::SUCCESS);
+    match options::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Run(options)) => return run(&options),
+        Ok(Command::Print(text)) => println!("{text}"),
+        Ok(Command::SnapshotVersion) => println!("v{}", snapshot::format::VERSION),
+        Ok(Command::DescribeSnapshot(path)) => {
+            let version = snapshot::format::version(&path);
+            println!("v{}", version.with_context(|| format!("cannot describe {}", path.display()))?);
+        }
+        Err(error) => {
+            eprintln!("Arguments parsing error: {error}\n\nFor more information try --help.");
+            return Ok(ExitCode::from(WRONG_ARGUMENTS));
+        }
     }
-    if let Some(path) = &options.describe_snapshot {
-        let version = snapshot::format::version(path);
-        println!("v{}", version.with_context(|| format!("cannot describe {}", path.display()))?);
-        return Ok(ExitCode::SUCCESS);
-    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(options: &Options) -> Result<ExitCode> {
     let boot_timer = options.boot_timer.then(BootTimer::start);
     confine::install_trap(options.start_log()?)?;
     let mmds = options.mmds()?;

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use seccompiler::{BpfMap, TargetArch};
+use seccompiler::{BpfMap, BpfProgram, TargetArch};
 
 use super::{Error, Thread};
 
@@ -32,6 +32,18 @@ pub fn read(path: &Path) -> Result<BpfMap, Error> {
         Some(thread) => Err(failed(format!("it has no filter for the {} threads", thread.name()))),
         None => Ok(filters),
     }
+}
+
+/// The kernel hands a trap's lower 16 bits to the handler, which learns from them whose filter it was.
+pub fn marked(program: &BpfProgram, thread: Thread) -> BpfProgram {
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let mut program = program.clone();
+    for instruction in &mut program {
+        if (instruction.code, instruction.k) == (RETURN, libc::SECCOMP_RET_TRAP) {
+            instruction.k |= thread as u32;
+        }
+    }
+    program
 }
 
 #[cfg(test)]

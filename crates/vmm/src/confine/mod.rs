@@ -6,16 +6,12 @@
 
 mod file;
 mod lists;
+mod program;
 mod trap;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use kapsel_devices::calls::SystemCall;
-use seccompiler::{
-    BpfMap, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::{BpfMap, BpfProgram};
 
 pub use lists::{Calls, Machine, api, machine};
 pub use trap::{EXIT_CODE, install as install_trap, set_log};
@@ -94,10 +90,12 @@ impl Policy {
     pub fn filter(&self, thread: Thread, calls: &Calls) -> Result<Filter, Error> {
         let program = match self {
             Policy::Off => None,
-            Policy::Given(filters) => filters.get(thread.name()).cloned(),
-            Policy::Declared => Some(compile(calls).map_err(|e| failed(thread, &e))?),
+            Policy::Given(filters) => filters.get(thread.name()).map(|program| file::marked(program, thread)),
+            Policy::Declared => {
+                Some(program::assemble(calls, thread as u16).map_err(|e| failed(thread, &e))?)
+            }
         };
-        Ok(Filter { thread, program: program.map(|program| marked(program, thread)) })
+        Ok(Filter { thread, program })
     }
 }
 
@@ -123,39 +121,12 @@ impl Filter {
     }
 }
 
-fn compile(calls: &[SystemCall]) -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for call in calls {
-        let Some((index, value)) = call.only else { continue };
-        let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
-        let condition = SeccompCondition::new(index, length, equal, u64::from(value))?;
-        rules.entry(call.number).or_default().push(SeccompRule::new(vec![condition])?);
-    }
-    // No rule means any arguments, whatever somebody else limits the call to.
-    for call in calls.iter().filter(|call| call.only.is_none()) {
-        rules.insert(call.number, Vec::new());
-    }
-    let (refuse, allow) = (SeccompAction::Trap, SeccompAction::Allow);
-    SeccompFilter::new(rules, refuse, allow, TargetArch::x86_64)?.try_into()
-}
-
-/// The kernel hands a trap's lower 16 bits to the handler, which learns from them whose filter it was.
-fn marked(mut program: BpfProgram, thread: Thread) -> BpfProgram {
-    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
-    for instruction in &mut program {
-        if (instruction.code, instruction.k) == (RETURN, libc::SECCOMP_RET_TRAP) {
-            instruction.k |= thread as u32;
-        }
-    }
-    program
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Read;
     use std::os::fd::{AsRawFd, OwnedFd};
 
-    use kapsel_devices::calls::{any, only};
+    use kapsel_devices::calls::{SystemCall, any, only};
 
     use super::*;
 
