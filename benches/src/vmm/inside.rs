@@ -18,6 +18,10 @@ case \"$(cat /proc/cmdline)\" in
 *echo*) exec cat ;;
 esac
 exec sleep 1000000";
+/// Has a guest print points, a line each.
+pub const FLOOD: &str = "flood";
+/// Has it repeat lines.
+pub const ECHO: &str = "echo";
 /// What a guest's first program says first.
 pub const FIRST: &str = "first words";
 /// The smallest machine.

@@ -38,6 +38,9 @@ struct Args {
     /// The box's memory
     #[arg(long, value_name = "MIB", default_value_t = 8192)]
     memory: u32,
+    /// Count instructions instead of time: exact on a busy machine too. Needs the box
+    #[arg(long)]
+    counted: bool,
     /// Folder for the JSON
     #[arg(long, default_value = "benches/results")]
     out: PathBuf,

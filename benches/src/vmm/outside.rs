@@ -21,11 +21,13 @@ const PATIENCE: Duration = Duration::from_secs(3600);
 struct Report {
     machine: String,
     in_a_box: bool,
+    /// A nanosecond is an instruction.
+    counted: bool,
     runs: usize,
     measures: Vec<Measure>,
 }
 
-/// Measures, prints a table and writes `vmm.json`.
+/// Measures, prints a table and writes `vmm.json` or `vmm-counted.json`.
 pub fn main(args: &Args) -> Result<()> {
     ensure!(
         args.vmm.exists(),
@@ -33,7 +35,10 @@ pub fn main(args: &Args) -> Result<()> {
         args.vmm.display()
     );
     let work = tempfile::tempdir()?;
-    let kvm_box = KvmBox::new().memory_mib(args.memory).timeout(PATIENCE);
+    let mut kvm_box = KvmBox::new().memory_mib(args.memory).timeout(PATIENCE);
+    if args.counted {
+        kvm_box = kvm_box.counted();
+    }
     let kernel = Kernel::ensure(kvm_box.cache_directory())?;
     let this = std::env::current_exe()?;
     let outside = Files {
@@ -47,14 +52,15 @@ pub fn main(args: &Args) -> Result<()> {
     let run = format!("exec {PROGRAM} guest");
     initramfs(&kernel, &MODULES, Some(&this), &run, &outside.whole)?;
 
-    let native = native_kvm();
+    let native = native_kvm() && !args.counted;
     let output = if native { here(&this, args, outside)? } else { boxed(&this, args, outside, kvm_box)? };
     let line = output.lines().find_map(|line| line.strip_prefix(RESULTS));
     let measures: Vec<Measure> = serde_json::from_str(line.context("there are no results")?)?;
     print(&measures);
-    let report = Report { machine: machine(), in_a_box: !native, runs: args.runs, measures };
+    let report =
+        Report { machine: machine(), in_a_box: !native, counted: args.counted, runs: args.runs, measures };
     std::fs::create_dir_all(&args.out)?;
-    write_json(&args.out, "vmm", &report)
+    write_json(&args.out, if args.counted { "vmm-counted" } else { "vmm" }, &report)
 }
 
 fn here(this: &Path, args: &Args, files: Files) -> Result<String> {

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::inside::{FIRST, Files, SMALL_MIB, milliseconds};
+use crate::inside::{ECHO, FIRST, FLOOD, Files, SMALL_MIB, milliseconds};
 use crate::memory;
 use crate::monitor::{Monitor, Program};
 use crate::results::Measures;
@@ -27,6 +27,13 @@ impl Saved {
         monitor.configure(&files.kernel, &files.small, task, memory_mib)?;
         monitor.begin()?;
         monitor.wait(FIRST)?;
+        // Saved on its way to its task, the guest of one monitor would have more before it than the other's.
+        if task == ECHO {
+            monitor.type_line("ready")?;
+            monitor.wait("ready\r\nready\r\n")?;
+        } else {
+            monitor.wait(".\r\n.\r\n")?;
+        }
         monitor.ask("PATCH", "/vm", &json!({"state": "Paused"}))?;
         let to = json!({"snapshot_path": saved.state(), "mem_file_path": saved.memory()});
         monitor.ask("PUT", "/snapshot/create", &to)?;
@@ -57,7 +64,7 @@ pub fn loads(programs: &[Program<'_>], files: &Files, runs: usize, measures: &mu
     for memory_mib in [SMALL_MIB, LARGE_MIB] {
         let saved: Vec<_> = programs
             .iter()
-            .map(|program| Saved::make(program, files, "flood", memory_mib))
+            .map(|program| Saved::make(program, files, FLOOD, memory_mib))
             .collect::<Result<_>>()?;
         for run in 0..=runs {
             for (program, saved) in programs.iter().zip(&saved) {
@@ -84,7 +91,7 @@ pub fn crowd(
     /// A host is full before it has to kill.
     const LEFT_KIB: f64 = 256.0 * 1024.0;
     for program in programs {
-        let saved = Saved::make(program, files, "echo", SMALL_MIB)?;
+        let saved = Saved::make(program, files, ECHO, SMALL_MIB)?;
         // What the last ones had comes back in its own time.
         std::thread::sleep(Duration::from_secs(2));
         let before = memory::available()?;

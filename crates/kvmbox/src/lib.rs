@@ -86,7 +86,7 @@ pub struct Outcome {
 /// An emulated machine with `/dev/kvm`, described before it runs.
 #[derive(Debug)]
 pub struct KvmBox {
-    memory_mib: u32,
+    machine: qemu::Machine,
     timeout: Duration,
     cache: PathBuf,
     files: Vec<(PathBuf, PathBuf)>,
@@ -104,7 +104,7 @@ impl KvmBox {
     /// A box with one CPU, 2 GiB of memory and nothing but busybox inside.
     pub fn new() -> Self {
         KvmBox {
-            memory_mib: 2048,
+            machine: qemu::Machine { memory_mib: 2048, counted: false },
             timeout: Duration::from_secs(300),
             cache: default_cache(),
             files: Vec::new(),
@@ -115,7 +115,14 @@ impl KvmBox {
 
     /// The box's memory. What is put inside lives in it.
     pub fn memory_mib(mut self, mib: u32) -> Self {
-        self.memory_mib = mib;
+        self.machine.memory_mib = mib;
+        self
+    }
+
+    /// Has the box's clock count instructions instead of time, a nanosecond each. What is measured in it is then the same on a
+    /// busy machine and a quiet one, and without what the emulator spends on translating code that it has not seen before.
+    pub fn counted(mut self) -> Self {
+        self.machine.counted = true;
         self
     }
 
@@ -180,7 +187,7 @@ impl KvmBox {
             tempfile::tempdir().map_err(|e| Error::io("create a directory in", &std::env::temp_dir(), e))?;
         let initramfs = work.path().join("initramfs");
         self.build(&kernel, command, &initramfs).map_err(|e| Error::io("build", &initramfs, e))?;
-        qemu::run(&kernel.bzimage, &initramfs, work.path(), self.memory_mib, self.timeout, live)
+        qemu::run(&kernel.bzimage, &initramfs, work.path(), self.machine, self.timeout, live)
     }
 
     /// As [`KvmBox::run_with`], with the output only in the outcome.

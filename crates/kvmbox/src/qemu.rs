@@ -19,18 +19,26 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=rel
 /// With one that was never seen.
 const PROCESSORS: &str = "1";
 
+/// What may be chosen of the emulated machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    pub memory_mib: u32,
+    /// Its clock counts instructions, each a nanosecond, and jumps over what nobody does anything in.
+    pub counted: bool,
+}
+
 /// Boots the box and reads its output until it powers off.
 pub fn run(
     kernel: &Path,
     initramfs: &Path,
     work: &Path,
-    memory_mib: u32,
+    machine: Machine,
     timeout: Duration,
     live: &mut dyn Write,
 ) -> Result<Outcome> {
     let started = Instant::now();
     let (console, status) = (work.join("console"), work.join("status"));
-    let mut child = Running(spawn(kernel, initramfs, &console, &status, memory_mib)?);
+    let mut child = Running(spawn(kernel, initramfs, &console, &status, machine)?);
     let failed = |reason: String| Error::Box { reason, console: tail(&console) };
 
     let mut stdout = child.0.stdout.take().ok_or_else(|| failed("QEMU has no stdout".into()))?;
@@ -84,11 +92,23 @@ impl Drop for Running {
     }
 }
 
-fn spawn(kernel: &Path, initramfs: &Path, console: &Path, status: &Path, memory_mib: u32) -> Result<Child> {
+fn spawn(kernel: &Path, initramfs: &Path, console: &Path, status: &Path, machine: Machine) -> Result<Child> {
     let mut command = Command::new(QEMU);
+    if machine.counted {
+        command.args(["-icount", "shift=0,sleep=off"]);
+    }
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-machine", "q35,accel=tcg", "-cpu", "max", "-smp", PROCESSORS, "-m", &memory_mib.to_string()])
+        .args([
+            "-machine",
+            "q35,accel=tcg",
+            "-cpu",
+            "max",
+            "-smp",
+            PROCESSORS,
+            "-m",
+            &machine.memory_mib.to_string(),
+        ])
         .arg("-kernel")
         .arg(kernel)
         .arg("-initrd")
