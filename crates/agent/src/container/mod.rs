@@ -15,6 +15,7 @@
 pub mod capabilities;
 pub mod cgroup;
 pub mod child;
+pub mod copy_up;
 pub mod device_rules;
 pub mod devices;
 pub mod finish;

@@ -8,6 +8,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, O
 
 use crate::sys::{self, MountAttr};
 
+use super::copy_up;
 use super::options::Options;
 use super::plan::{MountPlan, MountSource};
 use super::report::{ChildError, During, Step};
@@ -48,8 +49,20 @@ pub fn mount(mount: &MountPlan, root: &Root, cgroup: CgroupView<'_>) -> Result<(
 
 fn new_on(mount: &MountPlan, kind: &CStr, source: &CStr, root: &Root) -> Result<(), ChildError> {
     let context = || describe(mount);
-    let tree = new(kind, source, &mount.options).during(Step::Mounts, context)?;
+    let made = match mount.options.copy_up {
+        true => new_with_content(mount, kind, source, root),
+        false => new(kind, source, &mount.options),
+    };
+    let tree = made.during(Step::Mounts, context)?;
     attach(&tree, mount, root).during(Step::Mounts, context)
+}
+
+/// A new file system with what is in the directory that it will hide.
+fn new_with_content(mount: &MountPlan, kind: &CStr, source: &CStr, root: &Root) -> std::io::Result<OwnedFd> {
+    let tree = new(kind, source, &mount.options.writable())?;
+    copy_up::copy(root.directory(&mount.destination)?, &tree)?;
+    set(tree.as_fd(), false, &mount.options.mount)?;
+    Ok(tree)
 }
 
 fn describe(mount: &MountPlan) -> String {

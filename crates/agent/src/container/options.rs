@@ -22,6 +22,8 @@ pub struct Options {
     pub bind: Option<bool>,
     /// MS_* flags of the file system rather than the mount (`sync`, `dirsync`, `mand`, `lazytime`, `silent`).
     pub superblock: u64,
+    /// `tmpcopyup`: what is in the directory below is copied into the new file system.
+    pub copy_up: bool,
     /// All else is the file system's own: `key` or `key=value`.
     pub data: Vec<String>,
 }
@@ -62,10 +64,20 @@ impl Options {
             "noacl" => self.superblock &= !libc::MS_POSIXACL,
             "iversion" => self.superblock |= libc::MS_I_VERSION,
             "noiversion" => self.superblock &= !libc::MS_I_VERSION,
-            "tmpcopyup" | "remount" | "idmap" | "ridmap" => return Err(Unsupported(option.to_owned())),
+            "tmpcopyup" => self.copy_up = true,
+            "remount" | "idmap" | "ridmap" => return Err(Unsupported(option.to_owned())),
             _ => self.add_attribute(option),
         }
         Ok(())
+    }
+
+    /// The same for a mount that is still to be written to.
+    pub fn writable(&self) -> Self {
+        let read_only = u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits());
+        let mut options = self.clone();
+        options.mount.set &= !read_only;
+        options.recursive.set &= !read_only;
+        options
     }
 
     fn add_attribute(&mut self, option: &str) {

@@ -345,6 +345,12 @@ fn mount(mount: &oci::Mount) -> Result<MountPlan> {
         return invalid("a mount has no destination below the root");
     }
     let options = Options::parse(&mount.options)?;
+    if options.copy_up && mount.kind != "tmpfs" {
+        return invalid(format!(
+            "mount on {destination}: tmpcopyup is for a tmpfs, and it is {:?}",
+            mount.kind
+        ));
+    }
     let source = match mount.kind.as_str() {
         "cgroup" | "cgroup2" => MountSource::Cgroup,
         kind if kind == "bind" || options.bind.is_some() => {
