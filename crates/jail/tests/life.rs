@@ -132,7 +132,7 @@ fn it_runs_inside_its_cgroup() {
     if skip() {
         return;
     }
-    let limits = Limits { memory: Some(64 << 20), cpu: Some(0.5), pids: Some(10) };
+    let limits = Limits { memory: Some(64 << 20), cpu: Some(0.5), pids: Some(10), ..Limits::default() };
     let Some(Temporary(cgroup)) = &Temporary::new("inside", &limits) else { return };
     assert_eq!(cgroup.unenforced(), [] as [&str; 0]);
     let id = format!("test-inside-{}", std::process::id());

@@ -26,7 +26,7 @@ pub struct Global {
     /// Form of the log
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
-    /// Accepted as the engine's manner of naming cgroups; sandboxes have cgroups of their own
+    /// linux.cgroupsPath is SLICE:PREFIX:NAME, a scope that systemd makes
     #[arg(long)]
     pub systemd_cgroup: bool,
     /// Log what is done, too
@@ -271,6 +271,9 @@ pub struct Update {
     /// Bytes of memory that it should not exceed for long
     #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
     pub memory_reservation: Option<i64>,
+    /// Bytes of memory and swap together
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory_swap: Option<i64>,
     /// Microseconds of processor time in a period
     #[arg(long, value_name = "USECS", allow_hyphen_values = true)]
     pub cpu_quota: Option<i64>,
@@ -280,9 +283,12 @@ pub struct Update {
     /// Weight among others
     #[arg(long, value_name = "N")]
     pub cpu_share: Option<u64>,
-    /// Processors that it may use
+    /// Processors of the host that it may use
     #[arg(long, value_name = "LIST")]
     pub cpuset_cpus: Option<String>,
+    /// Memory nodes of the host that it may use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
     /// Most processes
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub pids_limit: Option<i64>,

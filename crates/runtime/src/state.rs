@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use kapsel_sandbox::{
+    engine::Named,
     owner::{self, Owner},
     paths::{Bundle, Id, Paths},
     record::{Record, Status as RecordStatus},
@@ -51,6 +52,9 @@ pub struct Container {
     /// For `start` and `delete`.
     #[serde(default)]
     pub hooks: Option<Hooks>,
+    /// `linux.cgroupsPath`, for `exec`, `update` and `delete`.
+    #[serde(default)]
+    pub cgroup: Option<String>,
 }
 
 /// Where a container is in its life, in the OCI specification's words and runc's "paused".
@@ -117,12 +121,19 @@ impl Container {
             oci_version: String::new(),
             annotations: HashMap::new(),
             hooks: None,
+            cgroup: None,
         })
     }
 
     /// The sandbox's own directory.
     pub fn sandbox_bundle(&self, paths: &Paths) -> Bundle {
         paths.bundle(&self.sandbox)
+    }
+
+    /// The cgroup of its processes on the host, if its engine named one.
+    pub fn cgroup(&self) -> Option<Named> {
+        // It was checked when the container was created.
+        self.cgroup.as_ref().and_then(|name| name.parse().ok())
     }
 
     /// Where it is in its life: as its shim noted it, as long as shim and stand-in live.

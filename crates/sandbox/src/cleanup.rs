@@ -20,6 +20,9 @@ const BIRTH: Duration = Duration::from_secs(60);
 /// How long the processes of a cgroup may take to be gone once they are killed.
 const EMPTY_CGROUP: Duration = Duration::from_secs(5);
 
+/// How long an engine's cgroup may take to be left by all.
+const LEFT_CGROUP: Duration = Duration::from_secs(1);
+
 /// How long another command may take to clear a sandbox: its cgroup's processes, and as much for the rest.
 const ANOTHERS_CLEARING: Duration = EMPTY_CGROUP.saturating_mul(2);
 /// How often to look whether it has.
@@ -121,6 +124,10 @@ pub fn resources(paths: &Paths, bundle: &Bundle) -> Result<(), Error> {
     if let Ok(Some(cgroup)) = kapsel_jail::Cgroup::open(name) {
         let removed = cgroup.remove(EMPTY_CGROUP).map_err(io::Error::other);
         removed.map_err(|source| failed("remove the cgroup of", bundle.dir(), source))?;
+    }
+    if let Some(cgroup) = crate::cgroup::of_engine(bundle) {
+        // Others than the sandbox's may be in it, this process too: who put them there removes it then.
+        cgroup.remove_empty(LEFT_CGROUP);
     }
     for path in [bundle.shim_socket(), bundle.attach_socket(), paths.scratch_disk(name)] {
         absent(fs::remove_file(&path)).map_err(|source| failed("remove", &path, source))?;

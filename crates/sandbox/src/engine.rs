@@ -15,6 +15,7 @@ use std::{
 };
 
 pub use features::{OCI_MAX, OCI_MIN, features};
+pub use kapsel_jail::cgroup::Named;
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Spec};
 pub use refusal::{Error, Refusal};
 use refusal::{Why, refuse};
@@ -51,6 +52,8 @@ pub struct Bundle {
     pub hooks: Hooks,
     /// All that the engine gave.
     pub annotations: HashMap<String, String>,
+    /// Where its processes are on the host.
+    pub cgroup: Option<Named>,
     /// Whether the container's process has a terminal.
     pub terminal: bool,
     /// What is left out, to be told.
@@ -109,8 +112,13 @@ impl Bundle {
         let annotations = spec.annotations().clone().unwrap_or_default();
         let wishes = machine::wishes(&spec, &hardware, &annotations, config)?;
         spec.set_annotations(Some(wishes.to_annotations()));
+        let cgroup = crate::cgroup::named(&spec).why("linux.cgroupsPath")?;
+        match &cgroup {
+            Some(cgroup) => cgroup.check().why("linux.cgroupsPath")?,
+            None => no_processors(&spec)?,
+        }
         let oci_version = spec.version().clone();
-        Ok(Self { dir, spec, oci_version, rootfs, network, hooks, annotations, terminal, warnings })
+        Ok(Self { dir, spec, oci_version, rootfs, network, hooks, annotations, cgroup, terminal, warnings })
     }
 }
 
@@ -231,6 +239,18 @@ fn not_the_hosts(path: PathBuf) -> Result<PathBuf, Refusal> {
         );
     }
     Ok(path)
+}
+
+/// Without a cgroup of the engine's nothing would keep them.
+fn no_processors(spec: &Spec) -> Result<(), Refusal> {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+    if crate::cgroup::take_hosts(&mut resources.unwrap_or_default()) {
+        refuse!(
+            "it names processors or memory nodes of the host (linux.resources.cpu.cpus or mems) and no cgroup; give \
+             linux.cgroupsPath too"
+        );
+    }
+    Ok(())
 }
 
 fn rootfs(spec: &Spec, dir: &Path) -> Result<RootfsMount, Refusal> {

@@ -6,6 +6,7 @@
 
 pub mod annotations;
 pub mod attach;
+pub mod cgroup;
 pub mod cleanup;
 pub mod client;
 pub mod config;

@@ -15,16 +15,19 @@ pub(super) enum Controller {
     Memory,
     Cpu,
     Pids,
+    Cpuset,
 }
 
 impl Controller {
-    pub(super) const ALL: [Controller; 3] = [Controller::Memory, Controller::Cpu, Controller::Pids];
+    pub(super) const ALL: [Controller; 4] =
+        [Controller::Memory, Controller::Cpu, Controller::Pids, Controller::Cpuset];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Controller::Memory => "memory",
             Controller::Cpu => "cpu",
             Controller::Pids => "pids",
+            Controller::Cpuset => "cpuset",
         }
     }
 
@@ -50,6 +53,15 @@ pub(super) struct Hierarchy {
     pub controllers: Vec<Controller>,
 }
 
+/// Which hierarchies matter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Those that limit what a sandbox of kapsel's own takes.
+    Limits,
+    /// Every one: engines look for a container's processes, and count what they use, in any.
+    All,
+}
+
 /// What this process can do with cgroups.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Survey {
@@ -59,14 +71,14 @@ pub(super) struct Survey {
 }
 
 impl Survey {
-    pub fn take() -> Survey {
+    pub fn take(wanted: Wanted) -> Survey {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let root = rustix::process::geteuid().is_root();
-        Survey::of(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"), root)
+        Survey::of(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"), root, wanted)
     }
 
     /// Looks at every cgroup mount. On a hybrid machine each controller is in exactly one of them.
-    fn of(mountinfo: &str, own: &str, root: bool) -> Survey {
+    fn of(mountinfo: &str, own: &str, root: bool, wanted: Wanted) -> Survey {
         let mut survey = Survey::default();
         let mut seen = Vec::new();
         for mount in mountinfo.lines().filter_map(Mount::parse) {
@@ -75,7 +87,7 @@ impl Survey {
                 continue;
             }
             seen.push(mount.options.clone());
-            match mount.hierarchy(own, root) {
+            match mount.hierarchy(own, root, wanted) {
                 Ok(Some(hierarchy)) => survey.usable.push(hierarchy),
                 Ok(None) => {}
                 Err(obstacle) => survey.obstacles.push(obstacle),
@@ -115,13 +127,16 @@ impl Mount {
         Some(Mount { version, point, root, options: options.to_owned() })
     }
 
-    fn hierarchy(&self, own: &str, root: bool) -> Result<Option<Hierarchy>, String> {
+    fn hierarchy(&self, own: &str, root: bool, wanted: Wanted) -> Result<Option<Hierarchy>, String> {
+        let useful = |controllers: &[Controller]| {
+            wanted == Wanted::All || controllers.iter().any(|c| *c != Controller::Cpuset)
+        };
         let controllers = match self.version {
             Version::V1 => Controller::all_in(self.options.split(',')),
             // What the base really has is read below.
             Version::V2 => Controller::ALL.to_vec(),
         };
-        if controllers.is_empty() {
+        if !useful(&controllers) {
             return Ok(None);
         }
         let base = if root { self.for_root() } else { self.delegated(own) }?;
@@ -133,7 +148,7 @@ impl Mount {
             }
         };
         // A hybrid machine's v2 hierarchy has no controller: then it is of no use here.
-        Ok((!controllers.is_empty()).then_some(Hierarchy { version: self.version, base, controllers }))
+        Ok(useful(&controllers).then_some(Hierarchy { version: self.version, base, controllers }))
     }
 
     fn for_root(&self) -> Result<PathBuf, String> {
@@ -204,12 +219,12 @@ mod tests {
 
     #[test]
     fn without_cgroups_or_delegation_it_says_why() {
-        assert_eq!(Survey::of("", "", true).obstacles, ["no cgroup file system is mounted"]);
+        assert_eq!(Survey::of("", "", true, Wanted::Limits).obstacles, ["no cgroup file system is mounted"]);
         let v2 = "30 23 0:26 / /nowhere rw - cgroup2 cgroup2 rw";
-        let survey = Survey::of(v2, "0::/session.scope\n", false);
+        let survey = Survey::of(v2, "0::/session.scope\n", false, Wanted::Limits);
         assert!(survey.usable.is_empty());
         assert!(survey.obstacles[0].contains("delegated"), "{:?}", survey.obstacles);
-        let survey = Survey::of(v2, "", true);
+        let survey = Survey::of(v2, "", true, Wanted::All);
         assert!(survey.obstacles[0].contains("/nowhere cannot be written to"), "{:?}", survey.obstacles);
     }
 }

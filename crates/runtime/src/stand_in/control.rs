@@ -34,6 +34,8 @@ pub struct NewContainer {
     pub rootfs: RootfsMount,
     /// Where the stand-in is.
     pub network: Network,
+    /// `linux.cgroupsPath`, where the stand-in is too.
+    pub cgroup: Option<String>,
     /// Whether its process has a terminal.
     pub terminal: bool,
     /// Whose it is, for `kapsel inspect`.
@@ -45,6 +47,8 @@ pub struct NewContainer {
 pub struct NewProcess {
     /// Where.
     pub sandbox: Id,
+    /// The container's `linux.cgroupsPath`.
+    pub cgroup: Option<String>,
     /// What.
     pub process: Process,
     /// Whether it has a terminal.

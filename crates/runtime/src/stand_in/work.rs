@@ -5,7 +5,7 @@ use std::{os::fd::AsFd, path::PathBuf, time::Duration};
 use anyhow::Context;
 use kapsel_sandbox::{
     client::{Client, Error as ClientError, ProcessStatus},
-    engine::{Bundle, Network},
+    engine::{Bundle, Named, Network},
     launch,
     paths::Id,
     record::Record,
@@ -35,7 +35,10 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 /// Stands for a container.
 pub fn container(control: &mut Control, order: NewContainer) -> anyhow::Result<u8> {
-    // A namespace is entered by a thread: it must be the only one.
+    // Cgroup and namespace are entered by a thread: it must be the only one. The shim and all that it starts follow.
+    if let Some(cgroup) = &order.cgroup {
+        cgroup.parse::<Named>()?.enter_new()?;
+    }
     enter(&order.network)?;
     control.send(&Answer::Ready)?;
     let () = control.receive()?;
@@ -113,6 +116,12 @@ fn connected(order: &NewContainer) -> anyhow::Result<Spec> {
 
 /// Stands for a process that is added to a container.
 pub fn process(control: &mut Control, order: NewProcess) -> anyhow::Result<u8> {
+    // As above. One that is gone went with the container, which is told below.
+    if let Some(cgroup) = &order.cgroup
+        && let Some(cgroup) = cgroup.parse::<Named>()?.open()
+    {
+        cgroup.enter()?;
+    }
     let host = Host::of_environment()?;
     let signals = Signals::take_over().context("cannot take signals over")?;
     runtime()?.block_on(async {

@@ -1,9 +1,13 @@
 //! `create`, `start` and `run`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::bail;
-use kapsel_sandbox::{engine::Bundle, paths::Id, removal};
+use kapsel_sandbox::{
+    engine::{Bundle, Named},
+    paths::Id,
+    removal,
+};
 
 use super::{Call, wait, write_pid};
 use crate::{
@@ -11,6 +15,9 @@ use crate::{
     stand_in::{NewContainer, Order, StandIn, explain},
     state::{Container, Status},
 };
+
+/// How long the processes of what did not come to be may take to leave its cgroup.
+const LEFT: Duration = Duration::from_secs(5);
 
 /// Whose terminal a process gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +41,7 @@ impl Call<'_> {
         let claim = self.containers.claim(&flags.id)?;
         let bundle = Bundle::read(&flags.bundle, &self.host.config)?;
         bundle.warnings.iter().for_each(|warning| self.report.warn(warning));
+        self.check_cgroup(&bundle)?;
         check_terminal(bundle.terminal, flags.console_socket.is_some(), foreground)?;
         // Of its own: another engine, or a person, may have one that is called as this engine calls its container.
         let sandbox = Id::random();
@@ -55,23 +63,41 @@ impl Call<'_> {
             Ok(()) => Ok((stand_in, bundle)),
             Err(error) => {
                 stand_in.kill();
-                self.discard(&sandbox);
+                self.discard(&sandbox, bundle.cgroup.as_ref());
                 Err(error)
             }
         }
     }
 
     /// Leaves nothing of a sandbox whose container did not come to be.
-    fn discard(&self, sandbox: &Id) {
+    fn discard(&self, sandbox: &Id, cgroup: Option<&Named>) {
         let bundle = self.host.paths.bundle(sandbox);
-        if !bundle.dir().exists() {
-            return;
-        }
-        let removed = self.host.registry().and_then(|registry| {
-            wait(async { Ok(removal::remove(&registry, &bundle, Some(sandbox)).await?) })
-        });
-        if let Err(error) = removed {
+        let remove = || -> anyhow::Result<()> {
+            if bundle.dir().exists() {
+                let registry = self.host.registry()?;
+                wait(async { Ok(removal::remove(&registry, &bundle, Some(sandbox)).await?) })?;
+            }
+            // Others may be in it: that is one of the reasons why nothing came of the container.
+            if let Some(cgroup) = cgroup.and_then(Named::open)
+                && !cgroup.remove_empty(LEFT)
+            {
+                bail!("there are processes in its cgroup");
+            }
+            Ok(())
+        };
+        if let Err(error) = remove() {
             self.report.warn(&format!("something of the sandbox is left: {error:#}"));
+        }
+    }
+
+    /// Whether engine and bundle mean the same kind of cgroup.
+    fn check_cgroup(&self, bundle: &Bundle) -> anyhow::Result<()> {
+        match &bundle.cgroup {
+            Some(Named::Path(path)) if self.systemd_cgroup => bail!(
+                "--systemd-cgroup wants linux.cgroupsPath as SLICE:PREFIX:NAME, and it is {:?}; leave out one of them",
+                path.display()
+            ),
+            _ => Ok(()),
         }
     }
 
@@ -91,6 +117,7 @@ impl Call<'_> {
         container.oci_version = bundle.oci_version.clone();
         container.annotations = bundle.annotations.clone();
         container.hooks = Some(bundle.hooks.clone());
+        container.cgroup = cgroup_of(bundle);
         let creating = container.shown("creating");
         hooks::run("prestart", bundle.hooks.prestart().as_ref(), &creating)?;
         hooks::run("createRuntime", bundle.hooks.create_runtime().as_ref(), &creating)?;
@@ -146,9 +173,16 @@ fn order(bundle: &Bundle, id: &str, sandbox: Id) -> NewContainer {
         spec: bundle.spec.clone(),
         rootfs: bundle.rootfs.clone(),
         network: bundle.network.clone(),
+        cgroup: cgroup_of(bundle),
         terminal: bundle.terminal,
         labels,
     }
+}
+
+/// As the specification has it.
+fn cgroup_of(bundle: &Bundle) -> Option<String> {
+    let path = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+    path.filter(|_| bundle.cgroup.is_some()).map(|path| path.to_string_lossy().into_owned())
 }
 
 /// Whether terminal, socket and manner of calling fit together.

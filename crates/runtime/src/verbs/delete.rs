@@ -63,6 +63,9 @@ impl Call<'_> {
     /// Forgets a container that has ended.
     pub fn remove(&self, container: &Container) -> anyhow::Result<()> {
         self.end(container)?;
+        if let Some(cgroup) = container.cgroup() {
+            cgroup.remove(DEATH)?;
+        }
         self.containers.forget(&container.id)?;
         let poststop = container.hooks.as_ref().and_then(|hooks| hooks.poststop().as_ref());
         if let Err(error) = hooks::run("poststop", poststop, &container.shown(Status::Stopped)) {

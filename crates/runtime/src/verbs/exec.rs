@@ -37,7 +37,12 @@ impl Call<'_> {
         let foreground = if flags.detach { Foreground::Ends } else { Foreground::Stays };
         check_terminal(terminal, flags.console_socket.is_some(), foreground)?;
         let console = flags.console_socket.as_ref().map(|socket| console::make(socket, None)).transpose()?;
-        let order = NewProcess { sandbox: container.sandbox.clone(), process, terminal };
+        let order = NewProcess {
+            sandbox: container.sandbox.clone(),
+            cgroup: container.cgroup.clone(),
+            process,
+            terminal,
+        };
         let mut stand_in = StandIn::start(&Order::Process(Box::new(order)), console)?;
         let begun = stand_in.done().and_then(|()| match &flags.pid_file {
             Some(path) => write_pid(path, stand_in.pid()),

@@ -56,6 +56,8 @@ pub struct Call<'a> {
     host: Host,
     containers: Containers,
     report: &'a Report,
+    /// `--systemd-cgroup`.
+    systemd_cgroup: bool,
 }
 
 /// Does what the command line says; the exit code.
@@ -79,7 +81,7 @@ pub fn carry_out(cli: &Cli, report: &Report) -> anyhow::Result<u8> {
     }
     let host = Host::of_environment()?;
     let containers = Containers::below(cli.global.root.as_deref(), &host.paths)?;
-    let call = Call { host, containers, report };
+    let call = Call { host, containers, report, systemd_cgroup: cli.global.systemd_cgroup };
     let done = match verb {
         Verb::Create(flags) => call.create(flags),
         Verb::Run(flags) => return call.run(flags),

@@ -1,13 +1,15 @@
 //! `update`.
 
 use anyhow::bail;
+use kapsel_sandbox::cgroup;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
 use super::{Call, read_json, wait};
 use crate::{args, state::Status};
 
 impl Call<'_> {
-    /// `update`: the limits of the guest's cgroup. The machine stays as large as it is.
+    /// `update`: the limits of the guest's cgroup, and of the host's around it. The machine stays as large as it is, and so does
+    /// the limit of its memory.
     pub fn update(&self, flags: &args::Update) -> anyhow::Result<()> {
         let container =
             self.container_in(&flags.id, &[Status::Created, Status::Running, Status::Paused], "update")?;
@@ -21,7 +23,21 @@ impl Call<'_> {
         if resources == LinuxResources::default() {
             bail!("nothing to change; give --resources FILE or a limit");
         }
-        wait(async { Ok(self.connect(&container).await?.update(&resources).await?) })
+        let limits = cgroup::engine_limits(&resources, None);
+        let named = container.cgroup();
+        if cgroup::take_hosts(&mut resources) && named.is_none() {
+            bail!(
+                "processors of the host cannot be chosen: container {:?} has no linux.cgroupsPath",
+                flags.id
+            );
+        }
+        if resources != LinuxResources::default() {
+            wait(async { Ok(self.connect(&container).await?.update(&resources).await?) })?;
+        }
+        if let Some(named) = named {
+            named.limited(&limits)?;
+        }
+        Ok(())
     }
 }
 
@@ -33,6 +49,9 @@ fn change(resources: &mut LinuxResources, flags: &args::Update) {
     }
     if flags.memory_reservation.is_some() {
         memory.set_reservation(flags.memory_reservation);
+    }
+    if flags.memory_swap.is_some() {
+        memory.set_swap(flags.memory_swap);
     }
     if memory != LinuxMemory::default() {
         resources.set_memory(Some(memory));
@@ -49,6 +68,9 @@ fn change(resources: &mut LinuxResources, flags: &args::Update) {
     }
     if flags.cpuset_cpus.is_some() {
         cpu.set_cpus(flags.cpuset_cpus.clone());
+    }
+    if flags.cpuset_mems.is_some() {
+        cpu.set_mems(flags.cpuset_mems.clone());
     }
     if cpu != LinuxCpu::default() {
         resources.set_cpu(Some(cpu));

@@ -1,6 +1,7 @@
 //! kapsel-runtime as engines call it, with real sandboxes: by hand first, then by Podman and Docker.
 
 mod by_hand;
+mod cgroup;
 mod docker;
 mod faults;
 mod hooks;

@@ -208,6 +208,10 @@ fn take_seccomp(spec: &mut Spec) -> Option<LinuxSeccomp> {
     let seccomp = linux.seccomp().clone();
     // The cgroup's place on the host means nothing in the guest.
     linux.set_seccomp(None).set_cgroups_path(None);
+    if let Some(mut resources) = linux.resources().clone() {
+        crate::cgroup::take_hosts(&mut resources);
+        linux.set_resources(Some(resources));
+    }
     // Network, IPC and host name are the sandbox's, as in a pod, and the sandbox has a whole kernel for itself: what a process
     // could see outside of such namespaces is nothing. Parameters of a namespace need that namespace.
     let parameters = linux.sysctl().as_ref().is_some_and(|sysctl| !sysctl.is_empty());

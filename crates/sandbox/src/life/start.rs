@@ -2,6 +2,7 @@
 
 use std::{os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
+use kapsel_jail::{Cgroup, cgroup::Named};
 use kapsel_machine::{Machine, Snapshot};
 use kapsel_protocol::api;
 
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::{
     annotations::Wishes,
+    cgroup,
     client::RootfsMount,
     logs::Writer,
     network::Network,
@@ -27,11 +29,6 @@ use crate::{
     stdio::{Log, Plan, Streams, announce, token},
     template::{self, Held, Prepared, Template},
 };
-
-/// Memory of the monitor beside its guest's: QEMU itself, and the code that TCG translates.
-const MONITOR_MEMORY: u64 = 512 << 20;
-/// Processes and threads of monitor and file servers.
-const HOST_PIDS: u64 = 512;
 
 /// Where a process's streams go, as the Task API says it.
 #[derive(Clone, Debug, Default)]
@@ -125,7 +122,7 @@ impl Sandbox {
 
         // 2. File servers, so that the machine finds them.
         let phase = self.watch.phase("shares");
-        self.make_cgroup(&mut blueprint);
+        self.make_cgroup(&mut blueprint)?;
         let cgroup = blueprint.spec.jail.cgroup.clone();
         let (servers, connected) =
             Servers::start(&guest_spec.shares, &self.bundle, &self.id, &self.config, cgroup.as_ref())?;
@@ -269,11 +266,7 @@ impl Sandbox {
     }
 
     /// Has what comes to published ports carried into the sandbox, by a process whose end ends the sandbox: nobody would reach it.
-    fn forward(
-        self: &Arc<Self>,
-        ports: Ports,
-        cgroup: Option<&kapsel_jail::Cgroup>,
-    ) -> Result<Option<u32>, Error> {
+    fn forward(self: &Arc<Self>, ports: Ports, cgroup: Option<&Cgroup>) -> Result<Option<u32>, Error> {
         let Some(address) = lock(&self.host).network.address() else { return Ok(None) };
         let forwarder = ports.forward(address, &self.bundle, &self.id, &self.config, cgroup)?;
         let Some(forwarder) = forwarder else { return Ok(None) };
@@ -306,21 +299,47 @@ impl Sandbox {
         blueprint::draw(&self.paths, &self.config, &self.wishes, occupant)
     }
 
-    /// Bounds what the sandbox's processes take of the host. Where no cgroup can be had the log says so.
-    fn make_cgroup(&self, blueprint: &mut Blueprint) {
-        let memory = (u64::from(blueprint.spec.memory_mib) << 20) + MONITOR_MEMORY;
-        let limits = kapsel_jail::cgroup::Limits { memory: Some(memory), cpu: None, pids: Some(HOST_PIDS) };
-        match kapsel_jail::Cgroup::create(self.id.short(), &limits) {
-            Ok(Some(cgroup)) => {
-                lock(&self.host).cgroup = Some(cgroup.clone());
-                blueprint.spec.jail.cgroup = Some(cgroup);
+    /// Bounds what the sandbox's processes take of the host. Where no cgroup of its own can be had the log says so; one that an
+    /// engine names must be.
+    fn make_cgroup(&self, blueprint: &mut Blueprint) -> Result<(), Error> {
+        let memory = u64::from(blueprint.spec.memory_mib) << 20;
+        let cgroup = match cgroup::named(&self.spec).map_err(|error| Error::Invalid(error.to_string()))? {
+            Some(named) => self.engines_cgroup(&named, memory)?,
+            None => None,
+        };
+        let cgroup = cgroup.or_else(|| self.own_cgroup(memory));
+        lock(&self.host).cgroup = cgroup.clone();
+        blueprint.spec.jail.cgroup = cgroup;
+        Ok(())
+    }
+
+    fn engines_cgroup(&self, named: &Named, memory: u64) -> Result<Option<Cgroup>, Error> {
+        let resources = self.spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+        let limits = cgroup::engine_limits(&resources.unwrap_or_default(), Some(memory));
+        let cgroup = named.limited(&limits).map_err(|error| Error::Resources(error.to_string()))?;
+        match &cgroup {
+            Some(cgroup) if cgroup.unenforced().is_empty() => {}
+            Some(cgroup) => {
+                let missing = cgroup.unenforced().join(", ");
+                tracing::warn!(missing, "limits are kept in the guest only: the host lacks controllers");
             }
+            None => tracing::warn!(
+                "nobody has made the scope that is named: the sandbox has a cgroup of kapsel's"
+            ),
+        }
+        Ok(cgroup)
+    }
+
+    fn own_cgroup(&self, memory: u64) -> Option<Cgroup> {
+        match Cgroup::create(self.id.short(), &cgroup::own_limits(memory)) {
+            Ok(Some(cgroup)) => return Some(cgroup),
             Ok(None) => {
                 let why = kapsel_jail::cgroup::obstacles().join("; ");
                 tracing::info!(why, "the sandbox's processes run without a cgroup");
             }
             Err(error) => tracing::warn!(%error, "the sandbox's processes run without a cgroup"),
         }
+        None
     }
 
     /// A clone of the fittest template that can be restored, else a cold boot.

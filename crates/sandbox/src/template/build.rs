@@ -3,12 +3,16 @@
 use std::{
     fs::{self, File},
     io::{self, Seek, Write},
-    os::unix::{fs::DirBuilderExt, process::CommandExt},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::DirBuilderExt, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
+use kapsel_jail::cgroup::{Limits, Named};
 use kapsel_machine::Snapshot;
 use rustix::fs::FlockOperation;
 
@@ -119,9 +123,13 @@ pub fn build_in_background(
             None => Stdio::null(),
         };
         command.current_dir("/").stdin(stdin).stdout(Stdio::null()).stderr(Stdio::from(log));
-        let in_child = || {
+        let doors = own_cgroup();
+        let in_child = move || {
             rustix::process::setsid()?;
             rustix::process::nice(19)?;
+            for door in &doors {
+                rustix::io::write(door, b"0")?;
+            }
             Ok(())
         };
         // SAFETY: the closure makes system calls only; it neither allocates nor takes locks.
@@ -132,6 +140,14 @@ pub fn build_in_background(
     if let Err(error) = spawned {
         tracing::warn!(%error, "cannot build a template; sandboxes go on starting cold");
     }
+}
+
+/// Ways out of this process's cgroup, which may be an engine's, for one container: what is built is for many.
+fn own_cgroup() -> Vec<OwnedFd> {
+    let named = "kapsel/templates".parse::<Named>().ok();
+    let made = named.map(|named| named.limited(&Limits::default()));
+    // Without root there is none, nor an engine's.
+    made.and_then(Result::ok).flatten().and_then(|cgroup| cgroup.doors().ok()).unwrap_or_default()
 }
 
 /// Bytes that a program finds on its standard input.
