@@ -39,7 +39,7 @@ fn fails(args: &[&str], code: i32) -> String {
     stderr
 }
 
-const COMMANDS: [&str; 30] = [
+const COMMANDS: [&str; 31] = [
     "run",
     "do",
     "exec",
@@ -66,6 +66,7 @@ const COMMANDS: [&str; 30] = [
     "prune",
     "doctor",
     "config",
+    "install",
     "version",
     "man",
     "completions",

@@ -9,6 +9,7 @@ mod generate;
 mod host;
 mod image;
 mod inspect;
+mod install;
 mod life;
 mod logs;
 mod many;
@@ -31,6 +32,7 @@ pub fn run(cli: Cli, mut trace: Trace) -> Outcome {
     let host = match &cli.command {
         // These must work on a machine on which nothing else does.
         Command::Version(flags) => return version::run(flags),
+        Command::Install(flags) => return install::run(flags),
         Command::Man(flags) => return generate::man(flags),
         Command::Completions(flags) => return generate::completions(flags),
         _ => Host::new(cli.root, cli.config)?,
@@ -60,6 +62,6 @@ pub fn run(cli: Cli, mut trace: Trace) -> Outcome {
         Command::Prune(flags) => prune::run(&host, &flags),
         Command::Doctor(flags) => doctor::run(&host, &flags),
         Command::Config(flags) => config::run(&host, &flags),
-        Command::Version(_) | Command::Man(_) | Command::Completions(_) => Ok(0),
+        Command::Version(_) | Command::Install(_) | Command::Man(_) | Command::Completions(_) => Ok(0),
     }
 }

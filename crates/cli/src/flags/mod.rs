@@ -72,6 +72,7 @@ pub enum Command {
     Prune(system::Prune),
     Doctor(system::Doctor),
     Config(system::Config),
+    Install(system::Install),
     Version(system::Version),
 
     #[command(hide = true)]
@@ -88,7 +89,7 @@ const GROUPS: [(&str, &[&str]); 4] = [
         &["ps", "logs", "inspect", "stats", "attach", "wait", "stop", "kill", "pause", "resume", "rm"],
     ),
     ("Images", &["pull", "images", "import", "rmi"]),
-    ("Host", &["template", "prune", "doctor", "config", "version"]),
+    ("Host", &["template", "prune", "doctor", "config", "install", "version"]),
 ];
 
 impl Cli {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use kapsel_sandbox::config::parse_size;
 
 use super::run::Isolation;
@@ -82,6 +82,41 @@ pub struct Doctor {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Tell an engine where kapsel is: show the change of its configuration, ask, and write it
+///
+/// Podman gets a file of its own in /etc/containers/containers.conf.d, Docker an entry in the runtimes of
+/// /etc/docker/daemon.json, containerd a runtime of its CRI plug-in in /etc/containerd/config.toml. Everything else in
+/// these files stays, and a file that cannot be understood is left alone.
+#[derive(Args, Debug)]
+pub struct Install {
+    /// Which
+    #[arg(value_enum, value_name = "ENGINE")]
+    pub engine: Engine,
+    /// Do not ask
+    #[arg(short, long, conflicts_with = "dry_run")]
+    pub yes: bool,
+    /// Show the change, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Have the engine run all containers so that name no runtime
+    #[arg(long)]
+    pub default: bool,
+    /// Find the engine's files below DIR instead of /, as when an image of a machine is made
+    #[arg(long, value_name = "DIR")]
+    pub destdir: Option<PathBuf>,
+}
+
+/// An engine that can be told of kapsel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// Podman.
+    Podman,
+    /// Docker.
+    Docker,
+    /// The CRI plug-in of containerd, for Kubernetes.
+    Containerd,
 }
 
 /// Print the configuration in force, and where each value comes from
