@@ -3,8 +3,11 @@
 # Everything that a build, a run or a test needs from Debian is named here and nowhere else.
 PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs nftables
-PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 podman docker.io containerd
+PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 iptables podman docker.io containerd
 PACKAGES_BENCH := runc crun runsc
+# What the Debian package needs beside PACKAGES_RUN (busybox is for the demonstration), and what it is good for.
+PACKAGES_DEB_DEPENDS  := libc6 libgcc-s1 libseccomp2 libcap-ng0 $(filter-out busybox-static,$(PACKAGES_RUN))
+PACKAGES_DEB_SUGGESTS := podman docker.io containerd
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,7 +25,7 @@ MONITOR := $(OUT)/static/kapsel-vmm
 # What the tests of kapsel-vmm run: the program as it is shipped.
 export KAPSEL_VMM := $(abspath $(MONITOR))
 
-.PHONY: help run test test-e2e test-kvm build agent monitor image man bench bench-vmm clean cargo \
+.PHONY: help run test test-e2e test-kvm build agent monitor image man deb bench bench-vmm clean cargo \
         packages-build packages-run packages-test packages-bench
 
 help: ## list the targets
@@ -82,6 +85,10 @@ man: build ## man pages and completions, into $(OUT)/man and $(OUT)/completions
 	@$(KAPSEL) man $(OUT)/man
 	@mkdir -p $(OUT)/completions
 	@for s in bash zsh fish; do $(KAPSEL) completions $$s > $(OUT)/completions/kapsel.$$s; done
+
+deb: build man ## a Debian package, into $(CARGO_TARGET_DIR)
+	@comma=', '; depends="$(PACKAGES_DEB_DEPENDS)"; suggests="$(PACKAGES_DEB_SUGGESTS)"; \
+	scripts/deb $(OUT) $(CARGO_TARGET_DIR) "$${depends// /$$comma}" "$${suggests// /$$comma}"
 
 bench: image packages-bench ## measure side by side with runc, crun, runsc and QEMU by hand
 	@cargo run --release -p kapsel-benches -- all
