@@ -158,7 +158,7 @@ fn many_processes_at_once() {
     let engine = world.engine();
     let pid = engine.start("many", "sleep 1000");
     std::thread::scope(|scope| {
-        let running: Vec<_> = (0..20)
+        let running: Vec<_> = (0..50)
             .map(|n| {
                 let engine = &engine;
                 scope.spawn(move || engine.run(&["exec", "many", "sh", "-c", &format!("echo {n}; exit {n}")]))

@@ -34,7 +34,11 @@ fn podman(world: &'static World) -> Option<&'static Podman> {
 
 impl Podman {
     fn run(&self, args: &[&str]) -> Ran {
-        let mut command = Command::new("podman");
+        self.run_by(Command::new("podman"), args)
+    }
+
+    /// `command` is Podman, or what calls it.
+    fn run_by(&self, mut command: Command, args: &[&str]) -> Ran {
         // vfs: the machine may have no overlayfs to nest. Limits that the machine may not let anybody raise are kept.
         for (flag, value) in [
             ("--root", self.dir.join("storage")),
@@ -43,6 +47,7 @@ impl Podman {
             ("--storage-driver", "vfs".into()),
             ("--cgroup-manager", "cgroupfs".into()),
             ("--events-backend", "file".into()),
+            ("--network-config-dir", self.dir.join("networks")),
             ("--runtime", self.world.runtime.clone()),
         ] {
             command.arg(flag).arg(value);
@@ -66,6 +71,11 @@ impl Podman {
         engine.bundle("true", |_| ());
         let tar = self.world.dir.join("busybox.tar");
         let rootfs = engine.dir.join("rootfs");
+        for tool in ["httpd", "wget", "ip", "ls"] {
+            std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(tool)).expect("a link");
+        }
+        fs::create_dir(rootfs.join("srv")).expect("a directory");
+        fs::write(rootfs.join("srv/page"), "a page\n").expect("a file");
         let packed = Command::new("tar").arg("-C").arg(rootfs).arg("-cf").arg(&tar).arg(".").status();
         assert!(packed.expect("tar").success());
         self.ok(&["import", tar.to_str().expect("text"), "busybox"]);
@@ -124,4 +134,103 @@ fn a_life_in_the_background() {
     podman.ok(&["kill", "web"]);
     eventually("it is killed", || podman.ok(&["ps", "-q"]).trim().is_empty());
     podman.ok(&["rm", "web"]);
+}
+
+#[test]
+fn limits_volumes_and_what_is_below_a_tmpfs() {
+    let world = world!();
+    let Some(podman) = podman(world) else { return };
+    let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max /srv/page; \
+                  echo changed > /srv/page; echo kept > /vol/file";
+    let flags = ["--rm", "--memory", "128m", "--cpus", "0.5", "--pids-limit", "50", "--cpuset-cpus", "0"];
+    // Podman asks for `tmpcopyup` by itself.
+    let more = ["--tmpfs", "/srv", "--volume", "kapsel-e2e:/vol"];
+    let ran = podman.image(&[&flags[..], &more].concat(), &["sh", "-c", script]);
+    assert_eq!(ran.stdout, "134217728\n50000 100000\n50\na page\n", "{}", ran.stderr);
+    let ran = podman.image(&["--rm", "--volume", "kapsel-e2e:/vol:ro"], &["cat", "/srv/page", "/vol/file"]);
+    assert_eq!(ran.stdout, "a page\nkept\n", "{}", ran.stderr);
+    podman.ok(&["volume", "rm", "kapsel-e2e"]);
+}
+
+/// A network namespace in which Podman makes its bridge and its rules, so that nothing of the machine's is touched.
+struct Network {
+    podman: &'static Podman,
+    namespace: String,
+}
+
+/// Podman's network of this test.
+const NETWORK: &str = "kapsel-e2e";
+const GATEWAY: &str = "10.97.41.1";
+
+impl Network {
+    fn make(podman: &'static Podman) -> Self {
+        let network = Self { podman, namespace: format!("kapsel-podman-{}", std::process::id()) };
+        for args in [
+            &["netns", "add", &network.namespace][..],
+            &["-n", &network.namespace, "link", "set", "lo", "up"],
+        ] {
+            let made = finish(Command::new("ip").args(args));
+            assert_eq!(made.code, 0, "{}", made.stderr);
+        }
+        let subnet = "10.97.41.0/24";
+        let made = network.run(&["network", "create", "--subnet", subnet, "--disable-dns", NETWORK]);
+        assert_eq!(made.code, 0, "{}", made.stderr);
+        network
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.namespace)).arg(program);
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        self.podman.run_by(self.command("podman"), args)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let _ = self.run(&["rm", "-f", "-t", "0", "net"]);
+        let _ = self.run(&["network", "rm", "-f", NETWORK]);
+        let _ = finish(Command::new("ip").args(["netns", "delete", &self.namespace]));
+        // Where the plug-in of addresses remembers them, whatever Podman is told.
+        let _ = fs::remove_dir_all(Path::new("/var/lib/cni/networks").join(NETWORK));
+    }
+}
+
+#[test]
+fn its_own_network() {
+    let world = world!();
+    let Some(podman) = podman(world) else { return };
+    let network = Network::make(podman);
+    let served = ["--name", "net", "--network", NETWORK, "-p", "18080:80"];
+    let httpd = ["busybox", "httpd", "-f", "-h", "/srv"];
+    let ran = network.run(&[&["run", "-d"], &served[..], &httpd].concat());
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let format = "{{(index .NetworkSettings.Networks \"kapsel-e2e\").IPAddress}}";
+    let address = podman.ok(&["inspect", "--format", format, "net"]).trim().to_owned();
+    let inside = podman.ok(&["exec", "net", "ip", "-4", "addr", "show", "eth0"]);
+    assert!(inside.contains(&format!("inet {address}/24")), "{inside}");
+    let published = format!("http://{GATEWAY}:18080/page");
+    eventually("the published port answers", || {
+        let ran = finish(network.command("/bin/busybox").args(["wget", "-qO-", &published]));
+        ran.stdout == "a page\n"
+    });
+    let page = format!("http://{address}/page");
+    let ran = network.run(&["run", "--rm", "--network", NETWORK, "busybox", "wget", "-qO-", &page]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (0, "a page\n"), "{}", ran.stderr);
+    // What the sandbox takes of the host, since its processes are in Podman's cgroup.
+    let stats: Value =
+        serde_json::from_str(&podman.ok(&["stats", "--no-stream", "--format", "json", "net"])).unwrap();
+    let usage = stats[0]["mem_usage"].as_str().unwrap_or_default();
+    assert!(usage.contains("MB /"), "{stats}");
+    podman.ok(&["pause", "net"]);
+    let paused = finish(network.command("/bin/busybox").args(["wget", "-T", "2", "-qO-", &published]));
+    assert_ne!(paused.code, 0, "a frozen server has answered");
+    podman.ok(&["unpause", "net"]);
+    let ran = network.run(&["stop", "-t", "0", "net"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let gone = finish(network.command("/bin/busybox").args(["wget", "-T", "2", "-qO-", &published]));
+    assert_ne!(gone.code, 0, "nobody is there any more");
 }
