@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::error::Context;
+use crate::lighten::lighten;
 use crate::lock::Lock;
 use crate::{Kernel, Result, acpi, cpio};
 
-/// Changes when the archive's layout does, so that cached ones are made again.
-const LAYOUT: u32 = 3;
+/// Changes when the archive's layout or its content for the same parts does, so that cached ones are made again.
+const LAYOUT: u32 = 4;
 
 /// Where the agent finds the modules' paths, one a line, in the order to load them in.
 const MODULES: &str = "lib/kapsel/modules";
@@ -81,7 +82,7 @@ fn write(agent: &Path, kernel: &Kernel, out: impl Write) -> Result<()> {
     for path in &kernel.modules {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         list.push_str(&format!("/lib/kapsel/{name}\n"));
-        modules.push((format!("lib/kapsel/{name}"), read(path)?));
+        modules.push((format!("lib/kapsel/{name}"), lighten(read(path)?)));
     }
     let make = || {
         let mut archive = cpio::Writer::new(BufWriter::new(out));

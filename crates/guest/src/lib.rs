@@ -10,6 +10,7 @@ mod error;
 mod image;
 mod initramfs;
 mod kernel;
+mod lighten;
 mod lock;
 mod modules;
 pub mod package;
