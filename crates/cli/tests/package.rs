@@ -96,6 +96,11 @@ fn it_has_everything_and_works_where_it_is_unpacked() {
     let examples = root.path().join("usr/share/doc/kapsel/examples");
     let podman = std::fs::read_to_string(examples.join("50-kapsel.conf")).expect("a file");
     assert!(podman.contains("[\"/usr/bin/kapsel-runtime\"]"), "{podman}");
+    let containerd = std::fs::read_to_string(examples.join("config.toml")).expect("a file");
+    assert!(
+        containerd.contains("io.containerd.kapsel.v2") && !containerd.contains("runtime_path"),
+        "{containerd}"
+    );
     // The helpers in libexec are found from where the package was unpacked.
     let doctor: serde_json::Value = serde_json::from_str(&kapsel(&["doctor", "--json"])).expect("JSON");
     assert!(!doctor.to_string().contains("cannot find"), "{doctor}");
