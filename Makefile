@@ -5,6 +5,7 @@ PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs nftables
 PACKAGES_TEST  := erofs-utils skopeo umoci attr iproute2 iptables podman docker.io containerd
 PACKAGES_BENCH := runc crun runsc
+PACKAGES_KERNEL := linux-source-6.12 make gcc libc6-dev flex bison bc libelf-dev xz-utils
 # What the Debian package needs beside PACKAGES_RUN (busybox is for the demonstration), and what it is good for.
 PACKAGES_DEB_DEPENDS  := libc6 libgcc-s1 libseccomp2 libcap-ng0 $(filter-out busybox-static,$(PACKAGES_RUN))
 PACKAGES_DEB_SUGGESTS := podman docker.io containerd
@@ -25,8 +26,8 @@ MONITOR := $(OUT)/static/kapsel-vmm
 # What the tests of kapsel-vmm run: the program as it is shipped.
 export KAPSEL_VMM := $(abspath $(MONITOR))
 
-.PHONY: help run test test-e2e test-kvm build agent monitor image man deb bench bench-vmm clean cargo \
-        packages-build packages-run packages-test packages-bench
+.PHONY: help run test test-e2e test-kvm build agent monitor kernel image man deb bench bench-vmm clean cargo \
+        packages-build packages-run packages-test packages-bench packages-kernel
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,7 @@ packages-build: ; $(call install,$(PACKAGES_BUILD))
 packages-run: packages-build ; $(call install,$(PACKAGES_RUN))
 packages-test: packages-run ; $(call install,$(PACKAGES_TEST))
 packages-bench: packages-test ; $(call install,$(PACKAGES_BENCH))
+packages-kernel: ; $(call install,$(PACKAGES_KERNEL))
 
 cargo:
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust stable (1.95 or newer) with rustup, then run make again" >&2; exit 1; }
@@ -65,6 +67,11 @@ monitor: cargo packages-build
 
 build: agent monitor ## build everything in release mode
 	@cargo build --release --workspace --exclude kapsel-agent
+
+# Some eight minutes on two cores. Not part of any other target: without it guests have Debian's kernel.
+kernel: packages-kernel ## build a slim guest kernel, for the key 'kernel' of the configuration
+	@guest/build-kernel $(CARGO_TARGET_DIR)/kernel
+	@echo "kernel = \"$(CARGO_TARGET_DIR)/kernel/vmlinux\" in /etc/kapsel/config.toml has sandboxes use it; docs/kernel.md says more"
 
 image: build packages-run
 	@$(KAPSEL) images --json | grep -q '"busybox:latest"\|busybox:latest' || scripts/busybox-image $(KAPSEL)
