@@ -151,6 +151,7 @@ pub fn restore(
     machine.restore(&parts.vm)?;
     // Only now: interrupts that devices raise as they go on would be lost with the controllers' earlier state.
     // Those that are new were not saved, and are the last ones.
+    lock(&parts.bus.console).go_on();
     let saved = parts.bus.slots.len().saturating_sub(load.network_additions.len());
     for slot in &parts.bus.slots[..saved] {
         let mut reader = Reader::new(devices.take("device")?);

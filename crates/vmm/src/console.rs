@@ -68,6 +68,17 @@ impl Console {
         serial.map(Console).map_err(|_| StateError::Invalid("the serial port"))
     }
 
+    /// Raises the interrupt that its driver may be waiting for. That which was raised before the interrupt controllers got
+    /// their state is lost, and so is one that was still on its way to them when they were saved.
+    pub fn go_on(&self) {
+        const NONE: u8 = 1;
+        if self.0.state().interrupt_identification & NONE == 0
+            && let Err(error) = self.0.interrupt_evt().trigger()
+        {
+            tracing::warn!(%error, "the guest's console may stand still");
+        }
+    }
+
     /// Where the port stands.
     pub fn save(&self) -> Vec<u8> {
         let (state, mut writer) = (self.0.state(), Writer::default());
@@ -109,6 +120,31 @@ impl Console {
     pub fn input(&mut self, bytes: &[u8]) {
         if let Err(error) = self.0.enqueue_raw_bytes(bytes) {
             tracing::debug!(?error, "input for the guest's console is lost");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    #[test]
+    fn a_driver_that_waits_for_its_interrupt_gets_it_when_it_goes_on() {
+        const INTERRUPT_ENABLE: u8 = 1;
+        const WHEN_EMPTY: u8 = 2;
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        for (enabled, waits) in [(0, false), (WHEN_EMPTY, true)] {
+            let mut console = Console::new(event(), event(), Box::new(io::sink()));
+            console.write(INTERRUPT_ENABLE, enabled);
+            let line = event();
+            let restored =
+                Console::restored(line.try_clone().unwrap(), event(), Box::new(io::sink()), &console.save());
+            // What is raised so early is lost.
+            let _ = line.read();
+            restored.unwrap().go_on();
+            assert_eq!(line.read().is_ok(), waits);
         }
     }
 }
