@@ -11,16 +11,13 @@ use crate::monitor::{Monitor, Program};
 use crate::results::{FIRECRACKER, KAPSEL, Measures, RESULTS};
 use crate::{snapshots, throughput};
 
-/// The first words of a small guest, and what it does then by its command line: nothing, or repeat itself, or what is typed.
+/// The first words of a small guest, and what it does then by its command line: nothing, or repeat what is typed.
 pub const WORDS: &str = "echo first words
 case \"$(cat /proc/cmdline)\" in
-*flood*) exec yes . ;;
 *echo*) exec cat ;;
 esac
 exec sleep 1000000";
-/// Has a guest print points, a line each.
-pub const FLOOD: &str = "flood";
-/// Has it repeat lines.
+/// Has a guest repeat lines.
 pub const ECHO: &str = "echo";
 /// What a guest's first program says first.
 pub const FIRST: &str = "first words";
@@ -38,6 +35,8 @@ pub struct Files {
     pub small: PathBuf,
     /// The one with modules and this program.
     pub whole: PathBuf,
+    /// The one that prints all the time.
+    pub flood: PathBuf,
 }
 
 /// What shall be measured.
@@ -57,7 +56,7 @@ impl Order {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let files = &self.files;
         let mut words = vec!["inside".into(), text(&files.vmm), text(&files.kernel)];
-        words.extend([text(&files.small), text(&files.whole)]);
+        words.extend([text(&files.small), text(&files.whole), text(&files.flood)]);
         words.extend([
             "--runs".into(),
             self.runs.to_string(),

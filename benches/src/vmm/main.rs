@@ -54,12 +54,16 @@ enum Part {
     /// The part in a guest
     #[command(hide = true)]
     Guest,
+    /// The part in a guest that is saved
+    #[command(hide = true)]
+    Flood,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     match &args.part {
         Some(Part::Guest) => guest::main(),
+        Some(Part::Flood) => guest::flood(),
         Some(Part::Inside(order)) => inside::main(order),
         None => outside::main(&args),
     }

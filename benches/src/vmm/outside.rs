@@ -47,10 +47,12 @@ pub fn main(args: &Args) -> Result<()> {
         kernel: kernel.vmlinux.clone(),
         small: work.path().join("small.cpio"),
         whole: work.path().join("whole.cpio"),
+        flood: work.path().join("flood.cpio"),
     };
     initramfs(&kernel, &[], None, WORDS, &outside.small)?;
     let run = format!("exec {PROGRAM} guest");
     initramfs(&kernel, &MODULES, Some(&this), &run, &outside.whole)?;
+    initramfs(&kernel, &[], Some(&this), &format!("exec {PROGRAM} flood"), &outside.flood)?;
 
     let native = native_kvm() && !args.counted;
     let output = if native { here(&this, args, outside)? } else { boxed(&this, args, outside, kvm_box)? };
@@ -78,6 +80,7 @@ fn boxed(this: &Path, args: &Args, outside: Files, mut kvm_box: KvmBox) -> Resul
         kernel: name("vmlinux"),
         small: name("small.cpio"),
         whole: name("whole.cpio"),
+        flood: name("flood.cpio"),
     };
     kvm_box = kvm_box.program(this, name("bench"))?.program(&outside.vmm, &files.vmm)?;
     if let (Some(outside), Some(inside)) = (&outside.firecracker, &files.firecracker) {
@@ -86,7 +89,8 @@ fn boxed(this: &Path, args: &Args, outside: Files, mut kvm_box: KvmBox) -> Resul
     kvm_box = kvm_box
         .file(outside.kernel, &files.kernel)
         .file(outside.small, &files.small)
-        .file(outside.whole, &files.whole);
+        .file(outside.whole, &files.whole)
+        .file(outside.flood, &files.flood);
     let order = Order { files, runs: args.runs, machines: args.machines };
     let words = order.words();
     let command: Vec<&str> =

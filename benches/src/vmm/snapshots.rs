@@ -1,13 +1,14 @@
 //! Machines that go on where another one was saved.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::inside::{ECHO, FIRST, FLOOD, Files, SMALL_MIB, milliseconds};
+use crate::guest::FLOOD;
+use crate::inside::{ECHO, FIRST, Files, SMALL_MIB, milliseconds};
 use crate::memory;
 use crate::monitor::{Monitor, Program};
 use crate::results::Measures;
@@ -20,20 +21,20 @@ struct Saved {
 }
 
 impl Saved {
-    /// Of a small guest that does what its command line says.
-    fn make(program: &Program<'_>, files: &Files, task: &str, memory_mib: u64) -> Result<Saved> {
+    /// Of a guest that does what its initramfs and its command line say, and is at it, as `at_work` sees.
+    fn make(
+        program: &Program<'_>,
+        (kernel, initramfs, task): (&Path, &Path, &str),
+        memory_mib: u64,
+        at_work: impl FnOnce(&mut Monitor) -> Result<()>,
+    ) -> Result<Saved> {
         let saved = Saved { directory: tempfile::tempdir_in("/dev/shm")? };
         let mut monitor = Monitor::start(program)?;
-        monitor.configure(&files.kernel, &files.small, task, memory_mib)?;
+        monitor.configure(kernel, initramfs, task, memory_mib)?;
         monitor.begin()?;
         monitor.wait(FIRST)?;
-        // Saved on its way to its task, the guest of one monitor would have more before it than the other's.
-        if task == ECHO {
-            monitor.type_line("ready")?;
-            monitor.wait("ready\r\nready\r\n")?;
-        } else {
-            monitor.wait(".\r\n.\r\n")?;
-        }
+        // Saved on its way there, the guest of one monitor would have more before it than the other's.
+        at_work(&mut monitor)?;
         monitor.ask("PATCH", "/vm", &json!({"state": "Paused"}))?;
         let to = json!({"snapshot_path": saved.state(), "mem_file_path": saved.memory()});
         monitor.ask("PUT", "/snapshot/create", &to)?;
@@ -64,7 +65,14 @@ pub fn loads(programs: &[Program<'_>], files: &Files, runs: usize, measures: &mu
     for memory_mib in [SMALL_MIB, LARGE_MIB] {
         let saved: Vec<_> = programs
             .iter()
-            .map(|program| Saved::make(program, files, FLOOD, memory_mib))
+            .map(|program| {
+                Saved::make(program, (&files.kernel, &files.flood, ""), memory_mib, |monitor| {
+                    monitor.wait(FLOOD)?;
+                    // What the kernel puts off during its start is done by then.
+                    std::thread::sleep(Duration::from_millis(500));
+                    Ok(())
+                })
+            })
             .collect::<Result<_>>()?;
         for run in 0..=runs {
             for (program, saved) in programs.iter().zip(&saved) {
@@ -91,7 +99,12 @@ pub fn crowd(
     /// A host is full before it has to kill.
     const LEFT_KIB: f64 = 256.0 * 1024.0;
     for program in programs {
-        let saved = Saved::make(program, files, ECHO, SMALL_MIB)?;
+        let guest = (files.kernel.as_path(), files.small.as_path(), ECHO);
+        let saved = Saved::make(program, guest, SMALL_MIB, |monitor| {
+            monitor.type_line("ready")?;
+            // The terminal's own echo comes first.
+            monitor.wait("ready\r\nready\r\n").map(drop)
+        })?;
         // What the last ones had comes back in its own time.
         std::thread::sleep(Duration::from_secs(2));
         let before = memory::available()?;
