@@ -1,27 +1,37 @@
 //! The entropy device (virtio 1.2, section 5.4).
 
+use std::io;
+use std::os::fd::BorrowedFd;
+
 use crate::calls::{SystemCall, SystemCalls, any};
 use crate::chain::Chain;
 use crate::queue::{Position, Queue, QueueError};
+use crate::rate::{Limiter, Limits};
 use crate::{Activation, Device, Event, Kind, Metric};
 
 /// A request is given at most this much, in bytes; a driver that wants more asks again.
 const REQUEST_MAX: u64 = 64 * 1024;
 
-const CALLS: &[SystemCall] = &[any(libc::SYS_getrandom)];
+/// The limiter's timer is stopped.
+const RESET: &[SystemCall] = &[any(libc::SYS_timerfd_settime)];
+const CALLS: &[SystemCall] = &[any(libc::SYS_getrandom), RESET[0]];
 
 /// Gives the guest random bytes of the host's kernel.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rng {
+    limiter: Limiter,
     queue: Option<Queue>,
     requests: u64,
     bytes: u64,
 }
 
 impl Rng {
-    /// A source without a driver.
-    pub fn new() -> Self {
-        Self::default()
+    /// A source without a driver, which gives no more than `limits` let it.
+    ///
+    /// # Errors
+    /// When the host has no more descriptors.
+    pub fn new(limits: Limits) -> io::Result<Self> {
+        Ok(Rng { limiter: Limiter::new(limits)?, queue: None, requests: 0, bytes: 0 })
     }
 }
 
@@ -48,11 +58,16 @@ impl Device for Rng {
     }
 
     fn reset(&mut self) {
+        self.limiter.rest();
         self.queue = None;
     }
 
     fn system_calls(&self) -> SystemCalls {
-        SystemCalls { events: CALLS, registers: &[] }
+        SystemCalls { events: CALLS, registers: RESET }
+    }
+
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.limiter.timer()]
     }
 
     fn positions(&self) -> Vec<Option<Position>> {
@@ -60,12 +75,20 @@ impl Device for Rng {
     }
 
     fn metrics(&self) -> Vec<Metric> {
-        vec![("entropy_event_count", self.requests), ("entropy_bytes", self.bytes)]
+        vec![
+            ("entropy_event_count", self.requests),
+            ("entropy_bytes", self.bytes),
+            ("entropy_rate_limiter_throttled", self.limiter.throttled()),
+        ]
     }
 
-    fn handle(&mut self, _event: Event) -> Result<bool, QueueError> {
-        let Rng { queue: Some(queue), requests, bytes } = self else { return Ok(false) };
+    fn handle(&mut self, event: Event) -> Result<bool, QueueError> {
+        if let Event::Source(_) = event {
+            self.limiter.wake();
+        }
+        let Rng { limiter, queue: Some(queue), requests, bytes } = self else { return Ok(false) };
         queue.serve(|chain| match chain {
+            Ok(chain) if !limiter.admits(wanted(&chain)) => None,
             Ok(chain) => {
                 let written = fill(chain);
                 *requests += 1;
@@ -80,8 +103,13 @@ impl Device for Rng {
     }
 }
 
+/// What a request is given, in bytes.
+fn wanted(chain: &Chain<'_>) -> u64 {
+    chain.writable.len().min(REQUEST_MAX)
+}
+
 fn fill(mut chain: Chain<'_>) -> u32 {
-    let wanted = chain.writable.len().min(REQUEST_MAX);
+    let wanted = wanted(&chain);
     let mut written = 0;
     let mut bytes = [0; 512];
     while written < wanted {
@@ -101,12 +129,37 @@ fn fill(mut chain: Chain<'_>) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::mmio::Slot;
+    use crate::rate::Limit;
     use crate::testing::{Rig, fuzz};
+
+    fn unlimited() -> Rng {
+        Rng::new(Limits::default()).unwrap()
+    }
+
+    #[test]
+    fn a_limited_source_makes_its_driver_wait() {
+        let limit = Limit { size: 64, burst: 0, refill: Duration::from_secs(3600) };
+        let mut rig = Rig::new(Rng::new(Limits { bandwidth: Some(limit), operations: None }).unwrap());
+        for address in [0x2000, 0x3000] {
+            rig.drivers[0].add(&[(address, 64, true)]);
+        }
+        rig.kick(0);
+        assert_eq!(rig.drivers[0].used(), [(0, 64)]);
+        // As if an hour had passed.
+        rig.transport.device_mut().limiter.set(Limits { bandwidth: Some(limit), operations: None });
+        rig.transport.source(0);
+        assert_eq!(rig.drivers[0].used(), [(1, 64)]);
+        assert!(rig.transport.metrics().contains(&("entropy_rate_limiter_throttled", 1)));
+        assert_ne!(rig.drivers[0].get(0x3000, 64), [0; 64]);
+    }
 
     #[test]
     fn buffers_are_filled_with_different_bytes() {
-        let mut rig = Rig::new(Rng::new());
+        let mut rig = Rig::new(unlimited());
         rig.drivers[0].add(&[(0x2000, 1000, true), (0x4000, 7, true)]);
         rig.kick(0);
         assert_eq!(rig.drivers[0].used(), [(0, 1007)]);
@@ -119,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_request_is_bounded() {
-        let mut rig = Rig::new(Rng::new());
+        let mut rig = Rig::new(unlimited());
         rig.drivers[0].add(&[(0x2000, 0x8_0000, true)]);
         rig.kick(0);
         assert_eq!(rig.drivers[0].used(), [(0, REQUEST_MAX as u32)]);
@@ -127,7 +180,7 @@ mod tests {
 
     #[test]
     fn nothing_is_written_to_readable_or_foreign_buffers() {
-        let mut rig = Rig::new(Rng::new());
+        let mut rig = Rig::new(unlimited());
         rig.drivers[0].add(&[(0x2000, 16, false)]);
         rig.drivers[0].add(&[(0xf_fff8, 16, true)]);
         rig.kick(0);
@@ -137,6 +190,6 @@ mod tests {
 
     #[test]
     fn hostile_drivers_do_no_harm() {
-        fuzz(400, Rng::new, |random| vec![0; random.below(4096) as usize]);
+        fuzz(400, unlimited, |random| vec![0; random.below(4096) as usize]);
     }
 }

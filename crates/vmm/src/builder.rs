@@ -320,8 +320,8 @@ fn create_devices<'a>(
         };
         slots.handles.balloon = Some(slots.plug(balloon::Balloon::new(config)?, None)?);
     }
-    if config.entropy.is_some() {
-        slots.plug(rng::Rng::new(), None)?;
+    if let Some(entropy) = &config.entropy {
+        slots.plug(rng::Rng::new(entropy.rate_limiter.unwrap_or_default().into())?, None)?;
     }
     // After all others, whose places are those of the saved machine.
     config.late_network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface, served))?;

@@ -189,6 +189,7 @@ pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use kapsel_devices::mmio::Transport;
+    use kapsel_devices::rate::Limits;
     use kapsel_devices::rng::Rng;
     use vm_memory::GuestAddress;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
@@ -201,7 +202,7 @@ mod tests {
 
     fn bus() -> Bus {
         let memory = kapsel_devices::Memory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-        let slot = Transport::new(Rng::new(), memory, event()).unwrap();
+        let slot = Transport::new(Rng::new(Limits::default()).unwrap(), memory, event()).unwrap();
         let console = Console::new(event(), event(), Box::new(std::io::sink()));
         let slots: Vec<SharedSlot> = vec![Arc::new(Mutex::new(slot))];
         Bus {

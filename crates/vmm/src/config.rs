@@ -288,10 +288,14 @@ pub struct BalloonStatisticsUpdate {
     pub stats_polling_interval_s: u16,
 }
 
-/// The entropy device has no settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+/// The entropy device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entropy {}
+pub struct Entropy {
+    /// How much the guest gets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
 
 /// What is wrong with a configuration. The texts are Firecracker's where it has the same error, because clients look at them.
 #[derive(Debug, thiserror::Error)]
@@ -499,7 +503,7 @@ mod tests {
                 r#"{"iface_id":"a","host_dev_name":"t"}"#
             ),
             r#","mmds-config":{"network_interfaces":["a"]}"#.to_owned(),
-            r#","entropy":{"rate_limiter":{}}"#.to_owned(),
+            r#","entropy":{"rate":{}}"#.to_owned(),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("b", true)),
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("a", false)),
             format!(r#","drives":[{}]"#, drive("a-b", false)),

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use kapsel_devices::mmio::{Slot, Transport};
 use kapsel_devices::net::metadata::{Metadata, Service};
+use kapsel_devices::rate::Limits;
 use kapsel_devices::state::Reader;
 use kapsel_devices::{Memory, balloon, block, rng};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -158,7 +159,10 @@ fn devices(memory: &Memory, disk: &MemoryFile) -> Vec<Box<dyn Slot>> {
     vec![
         Box::new(Transport::new(disk, memory.clone(), line()).expect(no_descriptors)),
         Box::new(Transport::new(balloon, memory.clone(), line()).expect(no_descriptors)),
-        Box::new(Transport::new(rng::Rng::new(), memory.clone(), line()).expect(no_descriptors)),
+        Box::new(
+            Transport::new(rng::Rng::new(Limits::default()).expect(no_descriptors), memory.clone(), line())
+                .expect(no_descriptors),
+        ),
     ]
 }
 

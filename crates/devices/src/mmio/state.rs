@@ -99,6 +99,7 @@ mod tests {
     use crate::Memory;
     use crate::balloon::{self, Balloon};
     use crate::mmio::Slot;
+    use crate::rate::Limits;
     use crate::rng::Rng;
     use crate::testing::{Random, Rig, memory};
 
@@ -123,14 +124,14 @@ mod tests {
 
     #[test]
     fn a_device_goes_on_where_another_one_was_saved() {
-        let mut rig = Rig::new(Rng::new());
+        let mut rig = Rig::new(Rng::new(Limits::default()).unwrap());
         rig.drivers[0].add(&[(0x2000, 16, true)]);
         rig.kick(0);
         // Announced and not looked at yet.
         rig.drivers[0].add(&[(0x3000, 16, true)]);
         let state = saved(&rig.transport);
         let memory = rig.drivers[0].memory.clone();
-        let mut other = restored(Rng::new(), memory, &state).unwrap();
+        let mut other = restored(Rng::new(Limits::default()).unwrap(), memory, &state).unwrap();
         assert_eq!(saved(&other), state);
         assert_eq!(other.interrupt().line().read().unwrap(), 1);
         assert_eq!(other.queue_events()[0].read().unwrap(), 1);
@@ -159,7 +160,7 @@ mod tests {
             restored(balloon(), memory(), &[&state[..], &[0]].concat()),
             Err(StateError::TooLong)
         ));
-        assert!(restored(Rng::new(), memory(), &state).is_err());
+        assert!(restored(Rng::new(Limits::default()).unwrap(), memory(), &state).is_err());
         for seed in 0..2000 {
             let mut random = Random::new(seed);
             let mut changed = state.clone();

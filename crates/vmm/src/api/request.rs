@@ -287,7 +287,7 @@ mod tests {
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, Request::Start),
             ("PATCH", "/vm", r#"{"state":"Paused"}"#, Request::Pause),
             ("PATCH", "/vm", r#"{"state":"Resumed"}"#, Request::Resume),
-            ("PUT", "/entropy", "{}", Request::PutEntropy(Entropy {})),
+            ("PUT", "/entropy", "{}", Request::PutEntropy(Entropy::default())),
         ] {
             assert_eq!(parse(method, path, body.as_bytes()).unwrap(), expected);
         }
@@ -314,6 +314,6 @@ mod tests {
         assert!(fault("PUT", "/actions", r#"{"action_type":"Halt"}"#).starts_with(
             "An error occurred when deserializing the json body of a request: unknown variant `Halt`"
         ));
-        assert!(fault("PUT", "/entropy", r#"{"rate_limiter":{}}"#).contains("unknown field `rate_limiter`"));
+        assert!(fault("PUT", "/entropy", r#"{"rate":{}}"#).contains("unknown field `rate`"));
     }
 }

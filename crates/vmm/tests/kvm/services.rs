@@ -70,6 +70,8 @@ fn put_together(client: &mut Client, files: &Files, disk: &Path, log: &Path) -> 
     let drive =
         json!({"drive_id": "slow", "path_on_host": disk, "is_root_device": false, "rate_limiter": limiter});
     client.done("PUT", "/drives/slow", &drive)?;
+    let limiter = json!({"bandwidth": {"size": 64, "refill_time": 100}});
+    client.done("PUT", "/entropy", &json!({"rate_limiter": limiter}))?;
     let balloon = json!({"amount_mib": 8, "deflate_on_oom": false, "stats_polling_interval_s": 1});
     client.done("PUT", "/balloon", &balloon)
 }
@@ -132,6 +134,8 @@ fn counted(metrics: &Path) -> Result<(), Failed> {
     let all = at_least("block", "read_bytes", disk)
         && at_least("block_slow", "read_bytes", disk)
         && at_least("block_slow", "rate_limiter_throttled_events", 1)
+        && at_least("entropy", "entropy_bytes", guest::RANDOM_BYTES as u64)
+        && at_least("entropy", "entropy_rate_limiter_throttled", 1)
         && at_least("balloon", "stats_updates_count", 1)
         && at_least("vcpu", "exit_mmio_read", 10)
         && at_least("api_server", "process_startup_time_us", 1)
