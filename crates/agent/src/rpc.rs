@@ -137,6 +137,7 @@ impl Agent for Service {
         let end = if request.exec_id.is_empty() {
             let end = container.delete(request.force).await?;
             self.sandbox.forget(&request.id);
+            crate::storage::forget_unused();
             end
         } else {
             container.delete_added(&request.exec_id, request.force).await?

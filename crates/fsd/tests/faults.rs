@@ -24,7 +24,7 @@ fn connected_to(program: &Path, source: &Path, dir: &Path) -> (Child, UnixStream
     let path = dir.join("socket");
     let _ = fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
-    let share = Share { sources: &[source.into()], read_only: false, tag: Some("tag") };
+    let share = Share { sources: &[source.into()], read_only: false, follow: false, tag: Some("tag") };
     let log = fs::File::create(dir.join("log")).unwrap();
     let jail = profiles::fsd(program, share, listener.into(), "test").unwrap();
     let child = jail.stderr(log.into()).spawn().unwrap();

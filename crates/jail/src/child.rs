@@ -19,6 +19,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsRawFd, RawFd};
 
 use crate::error::Step;
+use crate::jail::Beneath;
 use crate::plan::{IdMaps, Op, Plan};
 use crate::ruleset::PathBeneath;
 use crate::sys::{self, Errno, Res};
@@ -217,20 +218,21 @@ fn enter_cgroup_namespace(plan: &Plan) -> Done {
 type Sources = [RawFd; crate::plan::MAX_OPS];
 
 /// Takes a copy of everything that is to be shown, mounted nowhere yet, and restricted before it becomes visible. All of it before the
-/// new root exists, which would otherwise be part of a copy of `/`.
+/// new root exists, which would otherwise be part of a copy of `/`; and before propagation is cut, since a copy that is to hear of the
+/// host's later mounts must still be one of a shared mount. Nothing here is mounted, so nothing can propagate.
 fn take_sources(plan: &Plan) -> Result<Sources, Failure> {
     let mut sources = [-1; crate::plan::MAX_OPS];
     for (index, (copy, op)) in sources.iter_mut().zip(&plan.ops).enumerate() {
         match op {
-            Op::Bind { source, device, inode, attrs, submounts, .. } => {
+            Op::Bind { source, device, inode, attrs, beneath, .. } => {
                 let found = open_same(source, *device, *inode).at_item(Step::Bind, index)?;
-                *copy = copy_mount(found, c"", *attrs, *submounts).at_item(Step::Bind, index)?;
+                *copy = copy_mount(found, c"", *attrs, *beneath).at_item(Step::Bind, index)?;
                 close(found);
             }
             Op::OwnDescriptors { .. } => {
                 let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-                *copy =
-                    copy_mount(libc::AT_FDCWD, c"/proc/self/fd", attrs, false).at_item(Step::Bind, index)?;
+                *copy = copy_mount(libc::AT_FDCWD, c"/proc/self/fd", attrs, Beneath::Nothing)
+                    .at_item(Step::Bind, index)?;
             }
             _ => {}
         }
@@ -241,11 +243,11 @@ fn take_sources(plan: &Plan) -> Result<Sources, Failure> {
 /// Builds the new root: a tmpfs, stacked upon the old root, which all paths still start from until [`pivot`]. Targets are relative to
 /// its descriptor, so that no name can mean something in both.
 fn build_root(plan: &Plan, own: &mut Own) -> Done {
-    // First of all nothing done here may propagate to the host's mount namespace.
+    let sources = take_sources(plan)?;
+    // Before the first mount: nothing done here may propagate to the host's mount namespace.
     let private = (libc::MS_REC | libc::MS_PRIVATE) as usize;
     // SAFETY: mount with only a target string and flags.
     unsafe { sys::mount(0, sys::ptr(c"/"), 0, private, 0) }.at(Step::Private)?;
-    let sources = take_sources(plan)?;
     // Room for mount points only, and no way to fill the host's memory with them.
     let options = [(c"size", c"64k"), (c"nr_inodes", c"4k"), (c"mode", c"0755")];
     own.root = tmpfs(&options, 0).at(Step::Root)?;
@@ -295,7 +297,7 @@ fn apply(plan: &Plan, root: RawFd, index: usize, op: &Op, source: RawFd) -> Done
         }
         Op::CoverFile { target } => {
             let attrs = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-            let tree = copy_mount(root, c".empty", attrs | libc::MOUNT_ATTR_RDONLY, false)
+            let tree = copy_mount(root, c".empty", attrs | libc::MOUNT_ATTR_RDONLY, Beneath::Nothing)
                 .at_item(Step::Bind, index)?;
             move_mount_over(tree, root, target).at_item(Step::Bind, index)?;
             close(tree);
@@ -319,15 +321,22 @@ fn open_same(source: &CStr, device: u64, inode: u64) -> Res<RawFd> {
 }
 
 /// A copy of the mount at `dir`/`path`, restricted, mounted nowhere yet. Only adds restrictions: in a user namespace those of the
-/// host's mount cannot be taken away.
-fn copy_mount(dir: RawFd, path: &CStr, attrs: u64, submounts: bool) -> Res<RawFd> {
+/// host's mount cannot be taken away. What the host mounts later does not reach it, or reaches it and nothing comes back.
+fn copy_mount(dir: RawFd, path: &CStr, attrs: u64, beneath: Beneath) -> Res<RawFd> {
+    let submounts = beneath != Beneath::Nothing;
     let recursive = if submounts { libc::AT_RECURSIVE as usize } else { 0 };
     let flags =
         libc::OPEN_TREE_CLONE as usize | libc::OPEN_TREE_CLOEXEC as usize | libc::AT_EMPTY_PATH as usize;
     // SAFETY: a valid descriptor and string.
     let tree = unsafe { sys::open_tree(sys::fd(dir), sys::ptr(path), flags | recursive) }? as RawFd;
-    let attributes = MountAttr { attr_set: attrs, ..MountAttr::default() };
+    let following = beneath == Beneath::Always;
+    let propagation = if following { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    let attributes = MountAttr { attr_set: attrs, propagation, ..MountAttr::default() };
     set_attributes(tree, &attributes, submounts)?;
+    if following {
+        let read_only = MountAttr { attr_set: libc::MOUNT_ATTR_RDONLY, ..MountAttr::default() };
+        set_attributes(tree, &read_only, false)?;
+    }
     Ok(tree)
 }
 

@@ -72,10 +72,21 @@ pub(crate) enum Access {
     Write,
 }
 
+/// What of the mounts beneath a bound directory is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Beneath {
+    /// None.
+    Nothing,
+    /// Those that are there at the start.
+    Now,
+    /// Those that are there at any time, each as it was made; the directory itself is read-only. It must be a shared mount.
+    Always,
+}
+
 /// One thing in the jail's file tree.
 #[derive(Debug, Clone)]
 pub(crate) enum Item {
-    Bind { host: PathBuf, access: Access, submounts: bool },
+    Bind { host: PathBuf, access: Access, beneath: Beneath },
     Device { host: PathBuf },
     Tmpfs { bytes: u64 },
     Directory,
@@ -170,17 +181,17 @@ impl Jail {
 
     /// Shows a host file or directory (without what is mounted beneath it) inside: read-only, nosuid, nodev, noexec.
     pub fn bind_ro(self, host: impl AsRef<Path>, inside: impl Into<PathBuf>) -> Jail {
-        self.bind(host, inside, Access::Read, false)
+        self.bind(host, inside, Access::Read, Beneath::Nothing)
     }
 
     /// Like [`Jail::bind_ro`], but what it shows may be executed.
     pub fn bind_exec(self, host: impl AsRef<Path>, inside: impl Into<PathBuf>) -> Jail {
-        self.bind(host, inside, Access::Execute, false)
+        self.bind(host, inside, Access::Execute, Beneath::Nothing)
     }
 
     /// Like [`Jail::bind_ro`], but writable.
     pub fn bind_rw(self, host: impl AsRef<Path>, inside: impl Into<PathBuf>) -> Jail {
-        self.bind(host, inside, Access::Write, false)
+        self.bind(host, inside, Access::Write, Beneath::Nothing)
     }
 
     pub(crate) fn bind(
@@ -188,10 +199,10 @@ impl Jail {
         host: impl AsRef<Path>,
         inside: impl Into<PathBuf>,
         access: Access,
-        submounts: bool,
+        beneath: Beneath,
     ) -> Jail {
         let host = host.as_ref().to_owned();
-        self.item(inside, Item::Bind { host, access, submounts })
+        self.item(inside, Item::Bind { host, access, beneath })
     }
 
     /// Makes one device node of the host available at the same path: for root a node of its own that only the jail's user can

@@ -27,7 +27,7 @@ pub mod profiles;
 mod ruleset;
 mod seccomp;
 mod spawn;
-mod submounts;
+pub mod submounts;
 mod sys;
 
 pub use caps::{Cap, CapSet};

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, Result, Step};
 use crate::identity::Identity;
-use crate::jail::{Access, Item, Jail};
+use crate::jail::{Access, Beneath, Item, Jail};
 use crate::process::own_pid;
 use crate::ruleset::Ruleset;
 use crate::seccomp;
@@ -40,7 +40,7 @@ pub(crate) enum Op {
         device: u64,
         inode: u64,
         attrs: u64,
-        submounts: bool,
+        beneath: Beneath,
     },
     /// Hides a directory with an empty one.
     Cover {
@@ -298,13 +298,13 @@ impl<'a> Tree<'a> {
                 self.closed.insert(relative.to_owned());
                 self.ops.push(Op::OwnDescriptors { target });
             }
-            Item::Bind { host, access, submounts } => {
+            Item::Bind { host, access, beneath } => {
                 let attrs = match access {
                     Access::Read => RDONLY | NOSUID | NODEV | NOEXEC,
                     Access::Execute => RDONLY | NOSUID | NODEV,
                     Access::Write => NOSUID | NODEV | NOEXEC,
                 };
-                let is_dir = self.bind(relative, host, attrs, *submounts)?;
+                let is_dir = self.bind(relative, host, attrs, *beneath)?;
                 self.rule(&target, ruleset.map(|r| r.rights(*access, is_dir)));
             }
             Item::Device { host } => {
@@ -315,7 +315,7 @@ impl<'a> Tree<'a> {
         Ok(())
     }
 
-    fn bind(&mut self, relative: &Path, host: &Path, attrs: u64, submounts: bool) -> Result<bool> {
+    fn bind(&mut self, relative: &Path, host: &Path, attrs: u64, beneath: Beneath) -> Result<bool> {
         // Symbolic links are followed here and now; the child then opens exactly this object or fails.
         let open = |e| prepare(self.name, "open", &host.display().to_string(), e);
         let real = host.canonicalize().map_err(open)?;
@@ -332,9 +332,9 @@ impl<'a> Tree<'a> {
             device: meta.dev(),
             inode: meta.ino(),
             attrs,
-            submounts,
+            beneath,
         });
-        if submounts {
+        if beneath != Beneath::Nothing {
             self.hide_interfaces(relative, &real)?;
         }
         Ok(meta.is_dir())
@@ -373,7 +373,7 @@ impl<'a> Tree<'a> {
     /// As root: a node of the jail's own, since the host's may be closed to the jail's user. Else the host's.
     fn device(&mut self, relative: &Path, host: &Path) -> Result<()> {
         if !self.own_nodes {
-            return self.bind(relative, host, NOSUID | NOEXEC, false).map(|_| ());
+            return self.bind(relative, host, NOSUID | NOEXEC, Beneath::Nothing).map(|_| ());
         }
         let meta = host.metadata().map_err(|e| prepare(self.name, "open", &host.display().to_string(), e))?;
         let kind = meta.mode() & libc::S_IFMT;

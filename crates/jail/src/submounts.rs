@@ -18,11 +18,19 @@ const FILES: [&str; 42] = [
 
 /// What a look at the mount table said about a directory.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Beneath {
+pub struct Beneath {
     /// The type of the file system that the directory itself is in, if it is none to share.
     pub interface: Option<String>,
     /// Mount points beneath it, relative to it, that must be hidden.
     pub hidden: Vec<PathBuf>,
+}
+
+/// Looks at what is mounted now at, above and beneath `source`, which must be canonical.
+///
+/// # Errors
+/// When the mount table cannot be read.
+pub fn beneath_now(source: &Path) -> std::io::Result<Beneath> {
+    Ok(beneath(source, &mountinfo()?))
 }
 
 /// Looks at what is mounted at, above and beneath `source`, which must be canonical.

@@ -116,8 +116,12 @@ fn serve(source: &Path, dir: &Path) -> (kapsel_jail::Child, Share) {
     let path = dir.join("fsd.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let connection = UnixStream::connect(&path).unwrap();
-    let share =
-        kapsel_jail::profiles::Share { sources: &[source.into()], read_only: true, tag: Some("tag0") };
+    let share = kapsel_jail::profiles::Share {
+        sources: &[source.into()],
+        read_only: true,
+        follow: false,
+        tag: Some("tag0"),
+    };
     let server = kapsel_jail::profiles::fsd(&BUILT, share, listener.into(), "test").unwrap().spawn().unwrap();
     (server, Share { tag: "tag0".into(), socket: Arc::new(connection.into()) })
 }

@@ -30,6 +30,9 @@ pub const PUBLISH: &str = "io.kapsel.publish";
 /// The signal that asks the container to stop, as a number.
 pub const STOP_SIGNAL: &str = "io.kapsel.stop-signal";
 
+/// `true`: the sandbox is a pod's, and containers may be added to it. For kapsel's own shim to say.
+pub const POD: &str = "io.kapsel.pod";
+
 /// What all of ours begin with.
 pub const PREFIX: &str = "io.kapsel.";
 
@@ -82,6 +85,8 @@ pub struct Wishes {
     pub publish: Vec<Publish>,
     /// Signal number.
     pub stop_signal: Option<i32>,
+    /// Containers may be added.
+    pub pod: bool,
 }
 
 impl Wishes {
@@ -125,6 +130,7 @@ impl Wishes {
                 COLD => {
                     wishes.cold = value.parse().map_err(|_| bad("expected true or false".into()))?;
                 }
+                POD => wishes.pod = value.parse().map_err(|_| bad("expected true or false".into()))?,
                 STOP_SIGNAL => {
                     let signal =
                         crate::spec::parse_signal(value).ok_or_else(|| bad("expected a signal".into()))?;
@@ -155,6 +161,7 @@ impl Wishes {
         put(ADD_HOST, (!hosts.is_empty()).then(|| hosts.join(",")));
         put(PUBLISH, (!self.publish.is_empty()).then(|| joined(&self.publish)));
         put(STOP_SIGNAL, self.stop_signal.map(|n| n.to_string()));
+        put(POD, self.pod.then(|| "true".into()));
         map
     }
 }
@@ -196,6 +203,7 @@ mod tests {
             add_hosts: vec![parse_host("db:192.0.2.7").unwrap(), parse_host("a.b:2001:db8::2").unwrap()],
             publish: vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()],
             stop_signal: Some(3),
+            pod: true,
         };
         assert_eq!(Wishes::parse(&wishes.to_annotations()), Ok(wishes));
     }

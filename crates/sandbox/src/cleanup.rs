@@ -119,6 +119,8 @@ fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
 /// # Errors
 /// When something cannot be freed.
 pub fn resources(paths: &Paths, bundle: &Bundle) -> Result<(), Error> {
+    let pod = bundle.pod_dir();
+    detach(&pod).map_err(|source| failed("unmount", &pod, source))?;
     unmount_below(bundle.dir()).map_err(|source| failed("unmount below", bundle.dir(), source))?;
     let name = bundle.dir().file_name().and_then(|n| n.to_str()).unwrap_or_default();
     if let Ok(Some(cgroup)) = kapsel_jail::Cgroup::open(name) {
@@ -150,10 +152,30 @@ fn absent(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// Detaches what is mounted at `point`, with all that is mounted in it: directories of the host, which must not be there any more when
+/// the bundle is removed. By its path, whatever the mount table calls that.
+fn detach(point: &Path) -> io::Result<()> {
+    use rustix::mount::UnmountFlags;
+    loop {
+        match rustix::mount::unmount(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            // Nothing (more) is mounted there. Who may not unmount has not mounted either.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT | rustix::io::Errno::PERM) => {
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// Detaches every mount below `dir`, the deepest first.
 fn unmount_below(dir: &Path) -> io::Result<()> {
+    let dir = match fs::canonicalize(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
     let table = fs::read_to_string("/proc/self/mountinfo")?;
-    let mut points: Vec<PathBuf> = mount_points(&table).filter(|point| point.starts_with(dir)).collect();
+    let mut points: Vec<PathBuf> = mount_points(&table).filter(|point| point.starts_with(&dir)).collect();
     points.sort();
     for point in points.iter().rev() {
         match rustix::mount::unmount(
@@ -270,6 +292,31 @@ mod tests {
         let newborn = registry.create(&mut Record::new(Id::random(), "newborn".into(), vec![])).unwrap();
         assert_eq!(sweep(&registry).unwrap(), Report::default());
         assert!(living.machine_dir().exists() && newborn.dir().exists());
+    }
+
+    #[test]
+    fn nothing_of_the_hosts_is_removed_with_a_pod() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: needs root");
+            return;
+        }
+        use rustix::mount::{MountFlags, mount, mount_bind};
+        let (dir, _) = registry();
+        // The mount table has another path than this one.
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let registry = Registry::open(&Paths::discover(Some(&link.join("root"))).unwrap()).unwrap();
+        let lost = lost_sandbox(&registry, "lost", true);
+        let volume = dir.path().join("volume");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("precious"), "x").unwrap();
+        let pod = lost.pod_dir();
+        fs::create_dir(&pod).unwrap();
+        mount(c"pod", &pod, c"tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
+        fs::create_dir(pod.join("0")).unwrap();
+        mount_bind(&volume, pod.join("0")).unwrap();
+        assert_eq!(sweep(&registry).unwrap().removed, [lost.dir()]);
+        assert!(volume.join("precious").exists() && !lost.dir().exists());
     }
 
     #[test]

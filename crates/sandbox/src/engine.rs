@@ -4,6 +4,7 @@
 mod features;
 mod machine;
 mod mounts;
+mod pod;
 mod program;
 mod refusal;
 
@@ -17,6 +18,7 @@ use std::{
 pub use features::{OCI_MAX, OCI_MIN, features};
 pub use kapsel_jail::cgroup::Named;
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Spec};
+pub use pod::Role;
 pub use refusal::{Error, Refusal};
 use refusal::{Why, refuse};
 use serde::{Deserialize, Serialize};
@@ -46,8 +48,10 @@ pub struct Bundle {
     pub oci_version: String,
     /// The root file system.
     pub rootfs: RootfsMount,
-    /// The container's network namespace on the host.
+    /// The container's network namespace on the host; a pod's is its first container's.
     pub network: Network,
+    /// It is in the pid namespace of its pod's first container.
+    pub shares_pids: bool,
     /// Those that run on the host.
     pub hooks: Hooks,
     /// All that the engine gave.
@@ -81,14 +85,14 @@ impl Bundle {
     ///
     /// # Errors
     /// When it cannot be read, is not what the specification says, or asks for something that a machine cannot give.
-    pub fn read(dir: &Path, config: &Config) -> Result<Self, Error> {
+    pub fn read(dir: &Path, role: Role, config: &Config) -> Result<Self, Error> {
         let dir = fs::canonicalize(dir).map_err(|source| Error::Read { path: dir.into(), source })?;
         let path = dir.join("config.json");
         let json = read_config(&path)?;
-        Self::parse(dir, &json, config).map_err(|refusal| Error::Refused { path, refusal })
+        Self::parse(dir, &json, role, config).map_err(|refusal| Error::Refused { path, refusal })
     }
 
-    fn parse(dir: PathBuf, json: &[u8], config: &Config) -> Result<Self, Refusal> {
+    fn parse(dir: PathBuf, json: &[u8], role: Role, config: &Config) -> Result<Self, Refusal> {
         let mut value: serde_json::Value = serde_json::from_slice(json).why("it is not JSON")?;
         let Some(object) = value.as_object_mut() else { refuse!("it is not a JSON object") };
         // By hand: the specification crate knows `vm` as it was before version 1.3.
@@ -100,17 +104,19 @@ impl Bundle {
             refuse!("ociVersion {:?} is not 1.x.y", spec.version());
         }
         let mut warnings = Vec::new();
+        let shares_pids = pod::leave_shared_namespaces(&mut spec, role)?;
         let network = namespaces(&mut spec)?;
         let rootfs = rootfs(&spec, &dir)?;
         let terminal = process(&mut spec, &mut warnings)?;
         devices(&spec)?;
-        mounts::translate(&mut spec, &dir)?;
+        mounts::translate(&mut spec, &dir, role)?;
         if rootfs.source.is_dir() {
             program::check(&spec, &rootfs.source)?;
         }
         let hooks = hooks(&mut spec)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
-        let wishes = machine::wishes(&spec, &hardware, &annotations, config)?;
+        let mut wishes = machine::wishes(&spec, &hardware, &annotations, config)?;
+        wishes.pod = role == Role::PodSandbox;
         spec.set_annotations(Some(wishes.to_annotations()));
         let cgroup = crate::cgroup::named(&spec).why("linux.cgroupsPath")?;
         match &cgroup {
@@ -118,7 +124,19 @@ impl Bundle {
             None => no_processors(&spec)?,
         }
         let oci_version = spec.version().clone();
-        Ok(Self { dir, spec, oci_version, rootfs, network, hooks, annotations, cgroup, terminal, warnings })
+        Ok(Self {
+            dir,
+            spec,
+            oci_version,
+            rootfs,
+            network,
+            shares_pids,
+            hooks,
+            annotations,
+            cgroup,
+            terminal,
+            warnings,
+        })
     }
 }
 
@@ -205,7 +223,7 @@ fn namespaces(spec: &mut Spec) -> Result<Network, Refusal> {
         {
             refuse!(
                 "it asks for the {} namespace at {}, which is of the host's kernel or of another container's: each \
-                 container here has a kernel of its own (pods and --{}=container:… need runc)",
+                 container here has a kernel of its own (--{}=container:… needs runc; a pod's share theirs by containerd's CRI plug-in)",
                 namespace.typ(),
                 path.display(),
                 namespace.typ()

@@ -1,28 +1,32 @@
 //! One sandbox from its first instruction to its last: the one place where image, machine, file servers and agent meet.
 //!
 //! [`Sandbox::create`] is the start, one readable sequence. [`Sandbox::end`] is the end, whoever asks for it: the
-//! container itself, a client, the leash, or the death of a process that the sandbox needs.
+//! main container itself, a client, the leash, or the death of a process that the sandbox needs. In between a pod's sandbox takes further
+//! [containers](Container) ([`Sandbox::add`]).
 
 pub mod agent;
 pub mod blueprint;
+mod container;
 mod copy;
 mod end;
 mod error;
 mod forward;
 pub mod guest_spec;
+mod members;
 mod names;
 mod network;
 mod process;
 mod resources;
 mod shares;
 mod start;
+mod tree;
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
+pub use container::Container;
 pub use copy::{CopyIn, CopyOut};
 pub use end::Cause;
 pub use error::Error;
@@ -30,7 +34,8 @@ use kapsel_channel::Channel;
 use kapsel_machine::Machine;
 /// What a container uses.
 pub use kapsel_protocol::api::StatsResponse as Stats;
-use kapsel_protocol::{api, limits};
+use kapsel_protocol::limits;
+pub use members::Member;
 use oci_spec::runtime::{Process as OciProcess, Spec};
 pub use process::{Process, State, Wanted};
 pub use start::{CreateRequest, IoRequest};
@@ -40,17 +45,13 @@ use crate::{
     annotations::Wishes,
     config::Config,
     paths::{Bundle, Id, Paths},
-    record::{Exit, Record, Status},
+    record::{Exit, Record},
     seccomp,
-    stdio::{Log, Plan, Streams, announce, token},
+    stdio::{Log, Plan},
     template,
     timings::Stopwatch,
 };
 
-/// How long a guest may take for SIGKILL before its machine is killed.
-const KILL_DEADLINE: Duration = Duration::from_secs(5);
-/// How long the output of a process may wait for its reader once the process is deleted.
-const UNREAD: Duration = Duration::from_secs(2);
 /// The exit code of processes whose machine failed under them, as containerd has it.
 const LOST: u32 = 255;
 
@@ -62,18 +63,16 @@ pub struct Sandbox {
     id: Id,
     spec: Spec,
     wishes: Wishes,
-    /// The process that the container began with.
-    pub init: Arc<Process>,
-    execs: Mutex<HashMap<String, Arc<Process>>>,
+    /// The container that the sandbox began with, and ends with.
+    pub main: Arc<Container>,
+    /// Those that were added to it, by their names in the guest; `None` while one is being made.
+    members: Mutex<HashMap<String, Option<Arc<Container>>>>,
     record: Mutex<Record>,
     guest: OnceCell<Guest>,
     /// Whether `create` was called.
     begun: Mutex<bool>,
     /// What it has on the host, to be freed at the end.
     host: Mutex<Host>,
-    paused: Mutex<bool>,
-    /// The first process of a container that was made before it was known what to run.
-    first: Mutex<Option<Later>>,
     ended: watch::Sender<Ended>,
     /// An end is under way and somebody wants it at once.
     insisted: Notify,
@@ -106,6 +105,8 @@ struct Host {
     network: network::Connection,
     forwarder: Option<forward::Forwarder>,
     cgroup: Option<kapsel_jail::Cgroup>,
+    /// What a pod's containers share with the host.
+    tree: Option<tree::Tree>,
 }
 
 /// How far the end has come.
@@ -150,21 +151,19 @@ impl Sandbox {
             }
             Err(error) => return Err(error.into()),
         };
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|sandbox| Self {
+            main: Container::main(sandbox.clone(), template::CONTAINER),
+            members: Mutex::default(),
             paths,
             config,
             bundle,
             id,
             spec,
             wishes,
-            init: Process::new(""),
-            execs: Mutex::default(),
             record: Mutex::new(record),
             guest: OnceCell::new(),
             begun: Mutex::default(),
             host: Mutex::default(),
-            paused: Mutex::default(),
-            first: Mutex::default(),
             ended: watch::Sender::default(),
             insisted: Notify::new(),
             watch,
@@ -181,18 +180,6 @@ impl Sandbox {
         &self.bundle
     }
 
-    /// The container's first process (`exec_id` empty) or an added one.
-    ///
-    /// # Errors
-    /// When there is no such process.
-    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
-        if exec_id.is_empty() {
-            return Ok(self.init.clone());
-        }
-        let execs = lock(&self.execs);
-        execs.get(exec_id).cloned().ok_or_else(|| Error::NotFound(format!("there is no process {exec_id:?}")))
-    }
-
     /// The process on the host that runs the machine; 0 before it is there.
     pub fn monitor(&self) -> u32 {
         lock(&self.record).machine.as_ref().map_or(0, |machine| machine.monitor)
@@ -203,11 +190,6 @@ impl Sandbox {
         *lock(&self.begun)
     }
 
-    /// Whether the container is frozen.
-    pub fn is_paused(&self) -> bool {
-        *lock(&self.paused)
-    }
-
     fn guest(&self) -> Result<&Guest, Error> {
         if *self.ended.borrow() != Ended::No {
             return Err(self.why_ended());
@@ -216,16 +198,11 @@ impl Sandbox {
     }
 
     fn why_ended(&self) -> Error {
-        match self.init.state() {
+        match self.main.init.state() {
             State::Exited(Exit { oom: true, .. }) => Error::OutOfMemory,
             State::Exited(Exit { code: LOST, reason: Some(reason), .. }) => Error::Lost(reason),
             _ => Error::Ended("its machine is gone".into()),
         }
-    }
-
-    /// The container's name in the guest: every sandbox's, so that a template can hold it.
-    fn container(&self) -> &'static str {
-        template::CONTAINER
     }
 
     /// Changes the record, here and on disk.
@@ -238,255 +215,6 @@ impl Sandbox {
         {
             tracing::warn!(%error, "cannot keep the record");
         }
-    }
-
-    /// Executes the program of a process; returns its pid in the guest.
-    ///
-    /// # Errors
-    /// When there is no such program, among others; an added process is then forgotten, a first one ended.
-    pub async fn start(self: &Arc<Self>, exec_id: &str) -> Result<u32, Error> {
-        let process = self.process(exec_id)?;
-        if process.state() != State::Created {
-            return Err(Error::State("only a created process can be started, and only once".into()));
-        }
-        let guest = self.guest()?;
-        let phase = self.watch.phase("start");
-        let added = process.wanted().and_then(|Wanted { plan, process, .. }| {
-            Some(Later { process: process?, seccomp: seccomp::Filter::default(), plan, log: None })
-        });
-        let first = if exec_id.is_empty() { lock(&self.first).take() } else { None };
-        let started = match added.or(first) {
-            Some(later) => self.start_later(guest, &process, later).await,
-            None => guest.agent.start(self.container(), "").await,
-        };
-        drop(phase);
-        match started {
-            Ok(pid) => {
-                process.set(State::Running { pid });
-                if exec_id.is_empty() {
-                    self.note(|record| {
-                        record.status = Status::Running;
-                        record.started_at = Some(crate::record::now());
-                    });
-                    self.watch.write(&self.bundle);
-                }
-                self.follow(process);
-                Ok(pid)
-            }
-            Err(error) => {
-                self.not_started(&process, &error).await;
-                Err(error)
-            }
-        }
-    }
-
-    /// A process that was not made with the container is made and started in one go: the requests follow each other without
-    /// waiting for answers.
-    async fn start_later(&self, guest: &Guest, process: &Process, later: Later) -> Result<u32, Error> {
-        let Later { process: oci, seccomp, plan, log } = later;
-        let json = serde_json::to_vec(&oci).map_err(|e| Error::Invalid(e.to_string()))?;
-        let token = token();
-        let (width, height) = size(&oci);
-        let request = api::ExecRequest {
-            id: self.container().into(),
-            exec_id: process.exec_id.clone(),
-            process: json,
-            terminal: plan.terminal,
-            width,
-            height,
-            stdio: Some(announce(&plan, token)).into(),
-            seccomp: seccomp.program,
-            seccomp_flags: seccomp.flags,
-            ..Default::default()
-        };
-        let streams = Streams::connect(&*guest.channel, token, &plan, &process.hub, log);
-        let (added, started, streams) = tokio::join!(
-            guest.agent.exec(&request),
-            guest.agent.start(self.container(), &process.exec_id),
-            streams
-        );
-        added?;
-        process.connected(streams?).await;
-        started
-    }
-
-    async fn not_started(self: &Arc<Self>, process: &Arc<Process>, error: &Error) {
-        process.cut().await;
-        if process.exec_id.is_empty() {
-            self.end(Cause::NotStarted(error.to_string())).await;
-        } else {
-            process.set(State::Exited(end::failed(error.to_string())));
-            if let Ok(guest) = self.guest() {
-                // Only the agent knows whether it got as far as to remember the process.
-                let _ = guest.agent.delete(self.container(), &process.exec_id).await;
-            }
-        }
-    }
-
-    /// Waits in the background for the end of a started process.
-    fn follow(self: &Arc<Self>, process: Arc<Process>) {
-        let sandbox = self.clone();
-        tokio::spawn(async move {
-            let Ok(guest) = sandbox.guest() else { return };
-            match guest.agent.wait(sandbox.container(), &process.exec_id).await {
-                Ok(exit) if process.exec_id.is_empty() => {
-                    sandbox.end(Cause::Exited(exit)).await;
-                }
-                Ok(exit) => {
-                    process.set(State::Exited(exit));
-                    process.drain().await;
-                }
-                // The machine's own end says more, and comes by itself.
-                Err(Error::Ended(reason)) => sandbox.end_unless_machine_tells(reason).await,
-                Err(error) => sandbox.end(Cause::Broken(error.to_string())).await,
-            }
-        });
-    }
-
-    /// Announces a process to add.
-    ///
-    /// # Errors
-    /// When the container does not run, or the name is in use.
-    pub fn exec(&self, exec_id: &str, oci: OciProcess, io: &IoRequest) -> Result<(), Error> {
-        if !limits::valid_id(exec_id) {
-            return Err(Error::Invalid(format!("{exec_id:?} is no name for a process")));
-        }
-        if !matches!(self.init.state(), State::Running { .. }) {
-            return Err(Error::State("the container is not running".into()));
-        }
-        let plan = io.plan()?;
-        let mut execs = lock(&self.execs);
-        if execs.contains_key(exec_id) {
-            return Err(Error::AlreadyExists(format!("there is a process {exec_id:?} already")));
-        }
-        if execs.len() >= limits::PROCESSES_MAX - 1 {
-            return Err(Error::Resources(format!("{} processes were added; delete some first", execs.len())));
-        }
-        let process = Process::new(exec_id);
-        process.want(Wanted { plan, uris: io.uris(), process: Some(oci) });
-        process.set(State::Created);
-        execs.insert(exec_id.into(), process);
-        Ok(())
-    }
-
-    /// Sends a signal. A guest that does not even follow SIGKILL loses its machine.
-    ///
-    /// # Errors
-    /// When there is no such process, or it has ended.
-    pub async fn kill(self: &Arc<Self>, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
-        let process = self.process(exec_id)?;
-        if !(1..=64).contains(&signal) {
-            return Err(Error::Invalid(format!("{signal} is no signal")));
-        }
-        match process.state() {
-            State::Exited(_) => return Err(Error::NotFound("the process has ended".into())),
-            State::New => return Err(Error::State("the container is not created yet".into())),
-            State::Created if exec_id.is_empty() && signal == libc::SIGKILL as u32 => {
-                self.end(Cause::Killed("killed before it was started".into())).await;
-                return Ok(());
-            }
-            State::Created | State::Running { .. } => {}
-        }
-        let guest = self.guest()?;
-        let sent = guest.agent.kill(self.container(), exec_id, signal, all, KILL_DEADLINE).await;
-        match sent {
-            Err(Error::Timeout { .. }) if exec_id.is_empty() && signal == libc::SIGKILL as u32 => {
-                self.end(Cause::Killed("the guest did not follow SIGKILL; its machine was killed".into()))
-                    .await;
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    /// Sets a terminal's size.
-    ///
-    /// # Errors
-    /// When there is no such process.
-    pub async fn resize(&self, exec_id: &str, columns: u32, rows: u32) -> Result<(), Error> {
-        self.process(exec_id)?;
-        self.guest()?.agent.resize(self.container(), exec_id, columns, rows).await
-    }
-
-    /// Freezes the container.
-    ///
-    /// # Errors
-    /// When it does not run.
-    pub async fn pause(&self) -> Result<(), Error> {
-        self.guest()?.agent.pause(self.container()).await?;
-        *lock(&self.paused) = true;
-        self.note(|record| record.status = Status::Paused);
-        Ok(())
-    }
-
-    /// Thaws the container.
-    ///
-    /// # Errors
-    /// When it is not frozen.
-    pub async fn resume(&self) -> Result<(), Error> {
-        self.guest()?.agent.resume(self.container()).await?;
-        *lock(&self.paused) = false;
-        self.note(|record| record.status = Status::Running);
-        Ok(())
-    }
-
-    /// Changes limits; `resources` is OCI JSON.
-    ///
-    /// # Errors
-    /// When the guest cannot follow.
-    pub async fn update(&self, resources: Vec<u8>) -> Result<(), Error> {
-        self.guest()?.agent.update(self.container(), resources).await
-    }
-
-    /// What the container uses.
-    ///
-    /// # Errors
-    /// When the guest does not answer.
-    pub async fn stats(&self) -> Result<api::StatsResponse, Error> {
-        self.guest()?.agent.stats(self.container()).await
-    }
-
-    /// Process ids in the guest, with the names of added processes.
-    ///
-    /// # Errors
-    /// When the guest does not answer.
-    pub async fn pids(&self) -> Result<Vec<(u32, String)>, Error> {
-        self.guest()?.agent.pids(self.container()).await
-    }
-
-    /// Forgets a process that ended. Forgetting the first one waits until the sandbox has left the host.
-    ///
-    /// # Errors
-    /// When it still runs.
-    pub async fn delete(self: &Arc<Self>, exec_id: &str) -> Result<Option<crate::record::Exit>, Error> {
-        let process = self.process(exec_id)?;
-        let exit = match process.state() {
-            State::Running { .. } => {
-                return Err(Error::State("the process is running; kill it first".into()));
-            }
-            State::Exited(exit) => Some(exit),
-            State::New | State::Created => None,
-        };
-        if exec_id.is_empty() {
-            self.end(Cause::Deleted).await;
-            return Ok(exit);
-        }
-        lock(&self.execs).remove(exec_id);
-        // What nobody has read by then nobody wants.
-        tokio::spawn(async move {
-            tokio::time::sleep(UNREAD).await;
-            process.abandon();
-        });
-        if exit.is_some()
-            && let Ok(guest) = self.guest()
-        {
-            // An agent that has forgotten it already is of the same opinion.
-            match guest.agent.delete(self.container(), exec_id).await {
-                Err(Error::Guest { code: ttrpc::Code::NOT_FOUND, .. }) | Ok(()) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(exit)
     }
 }
 

@@ -323,6 +323,11 @@ impl Bundle {
         self.0.join("network.json")
     }
 
+    /// What a pod's containers share with the host ([`crate::life`]).
+    pub fn pod_dir(&self) -> PathBuf {
+        self.0.join("pod")
+    }
+
     /// The monitor's and fsd's directory: their sockets.
     pub fn machine_dir(&self) -> PathBuf {
         self.0.join("m")

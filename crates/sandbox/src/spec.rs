@@ -113,6 +113,7 @@ fn wishes(image: &ImageDefaults, options: &RunOptions) -> Result<Wishes, Error> 
         add_hosts: options.add_hosts.clone(),
         publish: options.publish.clone(),
         stop_signal,
+        pod: false,
     })
 }
 

@@ -75,7 +75,7 @@ async fn read_request(connection: &mut UnixStream) -> std::io::Result<Result<Wan
 async fn serve(mut connection: UnixStream, sandbox: &Sandbox, want: Want) -> std::io::Result<()> {
     match want {
         Want::Stream { exec_id, stream, lossless } => {
-            let process = match sandbox.process(&exec_id) {
+            let process = match sandbox.main.process(&exec_id) {
                 Ok(process) if process.hub.accepts(stream) => process,
                 Ok(_) => {
                     return refuse(&mut connection, "the process has no such stream, or it has ended".into())
@@ -90,11 +90,11 @@ async fn serve(mut connection: UnixStream, sandbox: &Sandbox, want: Want) -> std
             }
             Ok(())
         }
-        Want::Stat { path, follow } => match sandbox.stat(&path, follow).await {
+        Want::Stat { path, follow } => match sandbox.main.stat(&path, follow).await {
             Ok(stat) => answer(&mut connection, &Reply { stat: Some(stat), ..Default::default() }).await,
             Err(error) => refuse(&mut connection, error.to_string()).await,
         },
-        Want::CopyOut { path, follow } => match sandbox.copy_out(&path, follow).await {
+        Want::CopyOut { path, follow } => match sandbox.main.copy_out(&path, follow).await {
             Ok(copy) => {
                 answer(&mut connection, &Reply::default()).await?;
                 // The archive's end marker tells the client whether it has all.
@@ -105,7 +105,7 @@ async fn serve(mut connection: UnixStream, sandbox: &Sandbox, want: Want) -> std
             }
             Err(error) => refuse(&mut connection, error.to_string()).await,
         },
-        Want::CopyIn { path, keep_owner } => match sandbox.copy_in(&path, keep_owner).await {
+        Want::CopyIn { path, keep_owner } => match sandbox.main.copy_in(&path, keep_owner).await {
             Ok(copy) => {
                 answer(&mut connection, &Reply::default()).await?;
                 let (reader, mut writer) = connection.split();

@@ -7,6 +7,7 @@
 //! | `daemon` | the life of the process that stays |
 //! | `service` | the Task API for the containers of that process |
 //! | `tasks` | the containers, from containerd's bundle to a sandbox and back |
+//! | `pod` | which containers share one |
 //! | `events` | what containerd is told, in order |
 //! | `rootfs` | the mounts of a root file system |
 
@@ -15,6 +16,7 @@ mod delete;
 mod events;
 pub mod flags;
 mod info;
+mod pod;
 mod rootfs;
 mod service;
 mod start;

@@ -102,7 +102,7 @@ impl Owned {
         let attaching = tokio::spawn(attach::accept(sockets.attach, sandbox.clone(), clients.clone()));
         let name = sandbox.id().as_str().to_owned();
         let mut server = Server::new()
-            .register_service(create_task(Arc::new(TaskService::new(sandbox.clone(), name))))
+            .register_service(create_task(Arc::new(TaskService::new(sandbox.main.clone(), name))))
             .add_listener(counted(sockets.task, clients.clone()));
         server.start().await.context("cannot serve the Task API")?;
         Ok(Self { sandbox, clients, attaching, _server: server, _ownership: ownership })

@@ -1,12 +1,12 @@
-//! containerd's Task API for one sandbox.
+//! containerd's Task API for one container.
 //!
-//! Thin: a call is turned into one of [`Sandbox`]'s. What must not stop halfway when its client goes (ttrpc drops the
+//! Thin: a call is turned into one of [`Container`]'s. What must not stop halfway when its client goes (ttrpc drops the
 //! handlers of a connection that closes) runs in a task of its own.
 
 use std::{future::Future, sync::Arc};
 
 use containerd_shim_protos::{api, protobuf::MessageField, shim_async::Task, types::task::ProcessInfo};
-use kapsel_sandbox::life::{Cause, Error, IoRequest, Sandbox, State};
+use kapsel_sandbox::life::{Cause, Container, Error, IoRequest, State};
 use oci_spec::runtime::Process;
 use ttrpc::{Code, Result, asynchronous::TtrpcContext, get_status};
 
@@ -14,21 +14,21 @@ use crate::convert;
 
 /// The service.
 pub struct TaskService {
-    sandbox: Arc<Sandbox>,
-    /// What its container is called by those who ask.
+    container: Arc<Container>,
+    /// What it is called by those who ask.
     name: String,
 }
 
 impl TaskService {
-    /// Serves `sandbox`, whose container is called `name`.
-    pub fn new(sandbox: Arc<Sandbox>, name: String) -> Self {
-        Self { sandbox, name }
+    /// Serves `container`, which is called `name`.
+    pub fn new(container: Arc<Container>, name: String) -> Self {
+        Self { container, name }
     }
 
-    /// The sandbox, if `id` is its container.
-    fn sandbox(&self, id: &str) -> Result<&Arc<Sandbox>> {
+    /// The container, if that is its name.
+    fn container(&self, id: &str) -> Result<&Arc<Container>> {
         if id == self.name {
-            return Ok(&self.sandbox);
+            return Ok(&self.container);
         }
         let message = format!("this shim's container is {}, not {id:?}", self.name);
         Err(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, message)))
@@ -60,15 +60,15 @@ fn invalid(message: String) -> ttrpc::Error {
 #[async_trait::async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> Result<api::StateResponse> {
-        let sandbox = self.sandbox(&request.id)?;
-        let process = told(sandbox.process(&request.exec_id))?;
-        let (status, pid, exit) = convert::state(&process.state(), sandbox.is_paused());
+        let container = self.container(&request.id)?;
+        let process = told(container.process(&request.exec_id))?;
+        let (status, pid, exit) = convert::state(&process.state(), container.is_paused());
         let wanted = process.wanted();
         let [stdin, stdout, stderr] = wanted.as_ref().map(|wanted| wanted.uris.clone()).unwrap_or_default();
         Ok(api::StateResponse {
             id: request.id,
             exec_id: request.exec_id,
-            bundle: sandbox.bundle().dir().to_string_lossy().into_owned(),
+            bundle: told(container.sandbox())?.bundle().dir().to_string_lossy().into_owned(),
             pid,
             status: status.into(),
             stdin,
@@ -86,7 +86,7 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> Result<api::CreateTaskResponse> {
-        let sandbox = self.sandbox(&request.id)?.clone();
+        let sandbox = told(self.container(&request.id)?.sandbox())?;
         if !request.checkpoint.is_empty() {
             return Err(unimplemented("a container cannot be restored from a checkpoint"));
         }
@@ -96,33 +96,33 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> Result<api::StartResponse> {
-        let sandbox = self.sandbox(&request.id)?.clone();
-        let pid = to_the_end(async move { sandbox.start(&request.exec_id).await }).await?;
+        let container = self.container(&request.id)?.clone();
+        let pid = to_the_end(async move { container.start(&request.exec_id).await }).await?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
-        let sandbox = self.sandbox(&request.id)?.clone();
-        let exit = to_the_end(async move { sandbox.delete(&request.exec_id).await }).await?;
+        let container = self.container(&request.id)?.clone();
+        let exit = to_the_end(async move { container.delete(&request.exec_id).await }).await?;
         let (code, at) = exit.map_or((0, 0), |exit| (exit.code, exit.at));
         Ok(api::DeleteResponse { exit_status: code, exited_at: convert::timestamp(at), ..Default::default() })
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
-        let pids = told(self.sandbox(&request.id)?.pids().await)?;
+        let pids = told(self.container(&request.id)?.pids().await)?;
         let processes = pids.into_iter().map(|(pid, _)| ProcessInfo { pid, ..Default::default() }).collect();
         Ok(api::PidsResponse { processes, ..Default::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?.clone();
-        to_the_end(async move { sandbox.pause().await }).await?;
+        let container = self.container(&request.id)?.clone();
+        to_the_end(async move { container.pause().await }).await?;
         Ok(api::Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?.clone();
-        to_the_end(async move { sandbox.resume().await }).await?;
+        let container = self.container(&request.id)?.clone();
+        to_the_end(async move { container.resume().await }).await?;
         Ok(api::Empty::default())
     }
 
@@ -131,13 +131,14 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?.clone();
-        to_the_end(async move { sandbox.kill(&request.exec_id, request.signal, request.all).await }).await?;
+        let container = self.container(&request.id)?.clone();
+        to_the_end(async move { container.kill(&request.exec_id, request.signal, request.all).await })
+            .await?;
         Ok(api::Empty::default())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?;
+        let container = self.container(&request.id)?;
         let json = &request.spec.get_or_default().value;
         let process: Process = serde_json::from_slice(json)
             .map_err(|e| invalid(format!("the process is not an OCI process: {e}")))?;
@@ -147,18 +148,18 @@ impl Task for TaskService {
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
         };
-        told(sandbox.exec(&request.exec_id, process, &io))?;
+        told(container.exec(&request.exec_id, process, &io))?;
         Ok(api::Empty::default())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?;
-        told(sandbox.resize(&request.exec_id, request.width, request.height).await)?;
+        let container = self.container(&request.id)?;
+        told(container.resize(&request.exec_id, request.width, request.height).await)?;
         Ok(api::Empty::default())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> Result<api::Empty> {
-        let process = told(self.sandbox(&request.id)?.process(&request.exec_id))?;
+        let process = told(self.container(&request.id)?.process(&request.exec_id))?;
         if request.stdin {
             process.close_stdin().await;
         }
@@ -166,14 +167,14 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?.clone();
+        let container = self.container(&request.id)?.clone();
         let resources = request.resources.into_option().unwrap_or_default().value;
-        to_the_end(async move { sandbox.update(resources).await }).await?;
+        to_the_end(async move { container.update(resources).await }).await?;
         Ok(api::Empty::default())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: api::WaitRequest) -> Result<api::WaitResponse> {
-        let process = told(self.sandbox(&request.id)?.process(&request.exec_id))?;
+        let process = told(self.container(&request.id)?.process(&request.exec_id))?;
         let exit = process.exited().await;
         Ok(api::WaitResponse {
             exit_status: exit.code,
@@ -183,13 +184,13 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
-        let stats = told(self.sandbox(&request.id)?.stats().await)?;
+        let stats = told(self.container(&request.id)?.stats().await)?;
         Ok(api::StatsResponse { stats: MessageField::some(convert::metrics(&stats)?), ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, request: api::ConnectRequest) -> Result<api::ConnectResponse> {
-        let sandbox = self.sandbox(&request.id)?;
-        let task_pid = match sandbox.init.state() {
+        let container = self.container(&request.id)?;
+        let task_pid = match container.init.state() {
             State::Running { pid } => pid,
             _ => 0,
         };
@@ -202,12 +203,13 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: api::ShutdownRequest) -> Result<api::Empty> {
-        let sandbox = self.sandbox(&request.id)?.clone();
-        let idle = matches!(sandbox.init.state(), State::New | State::Exited(_));
+        let container = self.container(&request.id)?.clone();
+        let idle = matches!(container.init.state(), State::New | State::Exited(_));
         if !idle && !request.now {
             // As the API says: a shim that still has containers ignores this.
             return Ok(api::Empty::default());
         }
+        let sandbox = told(container.sandbox())?;
         to_the_end(async move {
             sandbox.end(Cause::Killed("the sandbox was shut down".into())).await;
             Ok(())

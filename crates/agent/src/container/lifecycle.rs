@@ -369,7 +369,7 @@ impl Container {
     pub async fn wait(&self, exec_id: &str) -> Result<(Exit, bool)> {
         let process = self.process(exec_id).await?;
         let exit = process.wait().await;
-        if exec_id.is_empty() && self.namespaces() & NEW_PID == 0 {
+        if exec_id.is_empty() && self.plan.new_namespaces & NEW_PID == 0 {
             // Without a pid namespace of its own nothing ends with the first process by itself.
             self.cgroup.signal(libc::SIGKILL)?;
         }

@@ -424,9 +424,10 @@ fn sysctls(spec: &Spec) -> Result<Vec<(CString, String)>> {
         } else {
             name.clone()
         };
-        let allowed = (own("ipc") && (IPC.contains(&name.as_str()) || name.starts_with("fs.mqueue.")))
-            // The guest's network is there for its containers, whether or not they share it.
-            || name.starts_with("net.")
+        // The guest's network and IPC are there for its containers, whether or not they share them.
+        let allowed = name.starts_with("net.")
+            || IPC.contains(&name.as_str())
+            || name.starts_with("fs.mqueue.")
             || (own("uts") && name == "kernel.domainname");
         let parts: Vec<String> = name.split('.').map(|part| part.replace('/', ".")).collect();
         if parts.iter().any(|part| part.is_empty() || part == "." || part == "..") {
@@ -521,8 +522,8 @@ mod tests {
             (r#"{"linux":{"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}}"#, "uidMappings"),
             (r#"{"linux":{"sysctl":{"kernel.panic":"1"}}}"#, "kernel.panic"),
             (
-                r#"{"linux":{"namespaces":[{"type":"mount"}],"sysctl":{"kernel.shmmax":"1"}}}"#,
-                "kernel.shmmax",
+                r#"{"linux":{"namespaces":[{"type":"mount"}],"sysctl":{"kernel.domainname":"x"}}}"#,
+                "kernel.domainname",
             ),
             (r#"{"linux":{"sysctl":{"fs.mqueue.../../../x":"1"}}}"#, "sysctl"),
             (r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_ERRNO"}}}"#, "seccomp"),

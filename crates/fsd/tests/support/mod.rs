@@ -49,7 +49,7 @@ impl Scene {
         let listener = UnixListener::bind(&socket).unwrap();
         own(&socket);
         let log = fs::File::create(self.path(&format!("{tag}.log"))).unwrap();
-        let share = Share { sources: &[source.into()], read_only, tag: None };
+        let share = Share { sources: &[source.into()], read_only, follow: false, tag: None };
         let jail = profiles::fsd(Path::new(FSD), share, listener.into(), "test").unwrap();
         let child = jail.stderr(log.into()).spawn().unwrap();
         let pid = child.pid();

@@ -8,7 +8,7 @@ use crate::caps::{Cap, CapSet};
 use crate::error::{Error, Result};
 use crate::filters;
 use crate::identity::Identity;
-use crate::jail::{Access, Jail, Resource};
+use crate::jail::{Access, Beneath, Jail, Resource};
 
 /// A host directory, or files, to share with a guest.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +18,9 @@ pub struct Share<'a> {
     pub sources: &'a [PathBuf],
     /// Whether the guest may only read. Enforced by the mount in the jail and by the file server.
     pub read_only: bool,
+    /// Whether what is mounted in the directory later, on the host, is served too, and what is unmounted no more. The directory must
+    /// be a shared mount; itself it cannot be written to.
+    pub follow: bool,
     /// The virtio-fs tag to report, for monitors that ask for it (QEMU has it as a device property).
     pub tag: Option<&'a str>,
 }
@@ -58,7 +61,7 @@ pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Resul
         .seccomp(filters::fsd()?)
         // The server applies the guest's own mask.
         .umask(0);
-    jail = bind_sources(jail, share.sources, access)?;
+    jail = bind_sources(jail, share, access)?;
     if share.read_only {
         jail = jail.arg("--read-only");
     }
@@ -72,25 +75,26 @@ pub fn fsd(program: &Path, share: Share<'_>, socket: OwnedFd, id: &str) -> Resul
     })
 }
 
-fn bind_sources(mut jail: Jail, sources: &[PathBuf], access: Access) -> Result<Jail> {
+fn bind_sources(mut jail: Jail, share: Share<'_>, access: Access) -> Result<Jail> {
     let failed = |path: &Path, source| Error::Prepare {
         name: "kapsel-fsd".to_owned(),
         action: "share",
         subject: path.display().to_string(),
         source,
     };
-    if let [directory] = sources
+    if let [directory] = share.sources
         && directory.metadata().map_err(|error| failed(directory, error))?.is_dir()
     {
-        return Ok(jail.bind(directory, "/share", access, true));
+        let beneath = if share.follow { Beneath::Always } else { Beneath::Now };
+        return Ok(jail.bind(directory, "/share", access, beneath));
     }
     jail = jail.directory("/share");
-    for (place, file) in sources.iter().enumerate() {
+    for (place, file) in share.sources.iter().enumerate() {
         if !file.metadata().map_err(|error| failed(file, error))?.is_file() {
             let what = "it is neither a directory of its own nor a regular file";
             return Err(failed(file, io::Error::new(io::ErrorKind::InvalidInput, what)));
         }
-        jail = jail.bind(file, Path::new("/share").join(place.to_string()), access, true);
+        jail = jail.bind(file, Path::new("/share").join(place.to_string()), access, Beneath::Now);
     }
     Ok(jail)
 }
@@ -108,7 +112,7 @@ mod tests {
             .program("/bin/busybox")
             .bind_exec("/bin/busybox", "/bin/busybox")
             .args(["ls", "-A", path])
-            .bind(source, "/share", Access::Read, true)
+            .bind(source, "/share", Access::Read, Beneath::Now)
             .stdout(writer.try_clone().unwrap().into())
             .stderr(writer.into());
         let mut child = jail.spawn().unwrap();
@@ -130,7 +134,8 @@ mod tests {
         for hidden in ["/share/proc", "/share/sys", "/share/dev"] {
             assert_eq!(listing(root, hidden), "", "{hidden}");
         }
-        let error = Jail::new("x").bind("/proc/sys", "/share", Access::Write, true).spawn().unwrap_err();
+        let error =
+            Jail::new("x").bind("/proc/sys", "/share", Access::Write, Beneath::Now).spawn().unwrap_err();
         assert!(matches!(error, Error::Invalid { .. }) && error.to_string().contains("proc"), "{error}");
     }
 
@@ -141,7 +146,7 @@ mod tests {
         {
             let sources: Vec<PathBuf> = sources.iter().map(PathBuf::from).collect();
             let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
-            let share = Share { sources: &sources, read_only: true, tag: None };
+            let share = Share { sources: &sources, read_only: true, follow: false, tag: None };
             let jail = fsd(Path::new("/bin/true"), share, socket.into(), "id");
             assert!(jail.unwrap_err().to_string().contains(refused));
         }

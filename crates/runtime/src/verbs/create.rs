@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::bail;
 use kapsel_sandbox::{
-    engine::{Bundle, Named},
+    engine::{Bundle, Named, Role},
     paths::Id,
     removal,
 };
@@ -39,7 +39,7 @@ impl Call<'_> {
     fn make(&self, flags: &args::Create, foreground: Foreground) -> anyhow::Result<(StandIn, Bundle)> {
         no_descriptors(flags.preserve_fds)?;
         let claim = self.containers.claim(&flags.id)?;
-        let bundle = Bundle::read(&flags.bundle, &self.host.config)?;
+        let bundle = Bundle::read(&flags.bundle, Role::Alone, &self.host.config)?;
         bundle.warnings.iter().for_each(|warning| self.report.warn(warning));
         self.check_cgroup(&bundle)?;
         check_terminal(bundle.terminal, flags.console_socket.is_some(), foreground)?;

@@ -8,15 +8,18 @@ use std::{
 
 use oci_spec::runtime::{Mount, Spec};
 
-use super::refusal::{Refusal, Why, refuse};
+use super::{
+    Role,
+    refusal::{Refusal, Why, refuse},
+};
 
 /// Of a file system in memory (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// Where POSIX shared memory is.
 const SHM: &str = "/dev/shm";
 
-/// Makes sources of binds absolute, and shared memory the guest's own.
-pub fn translate(spec: &mut Spec, dir: &Path) -> Result<(), Refusal> {
+/// Makes sources of binds absolute, and shared memory the guest's own. A pod's is that of all its containers: its source tells which.
+pub fn translate(spec: &mut Spec, dir: &Path, role: Role) -> Result<(), Refusal> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
         let at = mount.destination().clone();
@@ -29,8 +32,9 @@ pub fn translate(spec: &mut Spec, dir: &Path) -> Result<(), Refusal> {
         ))?;
         check(&source, &at)?;
         match shared_memory(&source, &at) {
-            Some(size) => to_tmpfs(mount, size),
-            None => drop(mount.set_source(Some(source))),
+            Some(size) if role == Role::Alone => to_tmpfs(mount, "shm".into(), size),
+            Some(size) if role == Role::PodSandbox => to_tmpfs(mount, source, size),
+            _ => drop(mount.set_source(Some(source))),
         }
     }
     spec.set_mounts(Some(mounts));
@@ -72,11 +76,11 @@ fn shared_memory(source: &Path, at: &Path) -> Option<u64> {
         .then(|| statfs.f_blocks.saturating_mul(u64::try_from(statfs.f_bsize).unwrap_or(0)))
 }
 
-fn to_tmpfs(mount: &mut Mount, size: u64) {
+fn to_tmpfs(mount: &mut Mount, source: PathBuf, size: u64) {
     let kept = ["nosuid", "noexec", "nodev", "rprivate", "private", "rslave", "slave"];
     let mut options: Vec<String> = mount.options().clone().unwrap_or_default();
     options.retain(|option| kept.contains(&option.as_str()));
     options.push("mode=1777".into());
     options.push(format!("size={size}"));
-    mount.set_typ(Some("tmpfs".into())).set_source(Some(PathBuf::from("shm"))).set_options(Some(options));
+    mount.set_typ(Some("tmpfs".into())).set_source(Some(source)).set_options(Some(options));
 }

@@ -28,7 +28,7 @@ fn read(config: &Config, change: impl FnOnce(&mut Value)) -> Result<Bundle, Erro
     });
     change(&mut spec);
     fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
-    Bundle::read(dir.path(), config)
+    Bundle::read(dir.path(), Role::Alone, config)
 }
 
 fn refused(word: &str, change: impl FnOnce(&mut Value)) {

@@ -8,7 +8,7 @@ use kapsel_protocol::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
-use super::{Error, Sandbox, agent::Agent};
+use super::{Container, Error, agent::Agent};
 use crate::{attach::FileStat, stdio::token};
 
 /// A copy out of a container that was asked for.
@@ -62,13 +62,13 @@ impl CopyIn {
     }
 }
 
-impl Sandbox {
+impl Container {
     /// Looks at a path of the container.
     ///
     /// # Errors
     /// When there is nothing.
     pub async fn stat(&self, path: &str, follow: bool) -> Result<FileStat, Error> {
-        let stat = self.guest()?.agent.stat(self.container(), path, follow).await?;
+        let stat = self.sandbox()?.guest()?.agent.stat(&self.name, path, follow).await?;
         Ok(FileStat { mode: stat.mode, size: stat.size, link_target: stat.link_target })
     }
 
@@ -112,10 +112,11 @@ impl Sandbox {
         kind: Kind,
         set: impl FnOnce(&mut api::CopyRequest),
     ) -> Result<(Agent, api::CopyRequest, Stream), Error> {
-        let guest = self.guest()?;
+        let sandbox = self.sandbox()?;
+        let guest = sandbox.guest()?;
         let token = token();
         let mut request = api::CopyRequest {
-            id: self.container().into(),
+            id: self.name.clone(),
             path: path.into(),
             token: token.to_string(),
             ..Default::default()

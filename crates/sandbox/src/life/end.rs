@@ -39,7 +39,7 @@ pub(super) fn failed(reason: String) -> Exit {
 
 impl Cause {
     /// The exit of processes that had not ended by themselves.
-    fn exit(&self, host_oom: bool) -> Exit {
+    pub(super) fn exit(&self, host_oom: bool) -> Exit {
         const KILLED: u32 = 128 + libc::SIGKILL as u32;
         let ended = |code, reason: &str| Exit { code, at: now(), oom: false, reason: Some(reason.into()) };
         match self {
@@ -134,15 +134,17 @@ impl Sandbox {
             // Before anybody is answered: for them it is gone.
             self.release_name();
         }
-        self.init.set(State::Exited(exit));
-        let added: Vec<_> = lock(&self.execs).values().cloned().collect();
-        for process in &added {
-            process.set(State::Exited(cause.exit(oom)));
+        self.main.end_added(&cause.exit(oom));
+        self.main.init.set(State::Exited(exit));
+        let members: Vec<_> = lock(&self.members).values().flatten().cloned().collect();
+        for member in &members {
+            member.end_added(&cause.exit(oom));
+            member.init.set(State::Exited(cause.exit(oom)));
         }
         // 2. What was printed is delivered, as long as there is somebody who prints.
         if cause.guest_is_well() {
             tokio::select! {
-                () = self.init.drain() => {}
+                () = self.main.init.drain() => {}
                 () = self.insisted.notified() => tracing::warn!("output was not delivered to its end"),
             }
             self.write_out().await;
@@ -151,6 +153,8 @@ impl Sandbox {
         let (machine, servers, network, cgroup) = {
             let mut host = lock(&self.host);
             let network = (host.forwarder.take(), std::mem::take(&mut host.network));
+            // Its mounts go with all that is below the bundle.
+            host.tree = None;
             (host.machine.take(), std::mem::take(&mut host.servers), network, host.cgroup.take())
         };
         if let Some(machine) = machine {
@@ -159,9 +163,8 @@ impl Sandbox {
         drop(servers);
         drop(network);
         drop(cgroup);
-        self.init.cut().await;
-        for process in added {
-            process.cut().await;
+        for container in members.iter().chain([&self.main]) {
+            container.cut().await;
         }
         // 4. The rest of it on the host.
         if let Err(error) = cleanup::resources(&self.paths, &self.bundle) {

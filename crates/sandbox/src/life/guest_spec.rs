@@ -6,12 +6,23 @@
 use std::path::{Path, PathBuf};
 
 use kapsel_protocol::{STORAGE_ROOT, api};
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxSeccomp, Mount, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccomp, Mount, Spec};
+
+pub use places::{Place, Places};
+
+mod places;
 
 /// The serial of the root file system's disk.
 pub const ROOTFS_DISK: &str = "rootfs";
 /// The serial of the scratch disk.
 pub const SCRATCH_DISK: &str = "scratch";
+
+/// Where the guest has a pod's directory.
+const POD: &str = "/run/kapsel/main/pod";
+/// Where the guest has a pod's shared memory.
+const POD_MEMORY: &str = "/run/kapsel/main/shm";
+/// Where containers have it.
+const SHM: &str = "/dev/shm";
 
 /// What a specification asks for that a guest of its own cannot give.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -51,6 +62,8 @@ pub struct SharedPath {
     pub read_only: bool,
     /// Whether it is files.
     pub files: bool,
+    /// Whether what is mounted in the directory later is served too.
+    pub follow: bool,
 }
 
 impl SharedPath {
@@ -80,6 +93,15 @@ pub enum Rootfs {
     Directory(PathBuf),
 }
 
+/// How paths of the host come to the guest.
+#[derive(Debug)]
+pub enum Sharing<'a> {
+    /// Each directory by a server and a device of its own.
+    Each,
+    /// All in the pod's directory, where those of later containers appear too.
+    Pod(&'a mut Places),
+}
+
 /// What the agent gets, and what must be there for it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GuestSpec {
@@ -91,6 +113,8 @@ pub struct GuestSpec {
     pub storages: Vec<api::Storage>,
     /// To be served by fsd.
     pub shares: Vec<SharedPath>,
+    /// What it uses of the pod's directory.
+    pub places: Vec<u32>,
 }
 
 /// Translates a specification for container `id`. `is_file` tells whether a path of the host is a file.
@@ -102,43 +126,82 @@ pub fn translate(
     id: &str,
     rootfs: &Rootfs,
     scratch_disk: bool,
+    mut sharing: Sharing<'_>,
     is_file: impl Fn(&Path) -> bool,
 ) -> Result<GuestSpec, Error> {
     refuse_impossible(spec)?;
     let base = PathBuf::from(STORAGE_ROOT).join(id);
-    let mut guest = GuestSpec { spec: spec.clone(), seccomp: None, storages: Vec::new(), shares: Vec::new() };
-    guest.root(rootfs, &base, scratch_disk);
+    let mut guest = GuestSpec {
+        spec: spec.clone(),
+        seccomp: None,
+        storages: Vec::new(),
+        shares: Vec::new(),
+        places: Vec::new(),
+    };
+    if let Sharing::Pod(places) = &mut sharing
+        && let Some(dir) = places.begin()
+    {
+        guest.share_pod(dir);
+    }
+    let path = guest.root(rootfs, &base, scratch_disk, &mut sharing);
 
     let mut mounts = spec.mounts().clone().unwrap_or_default();
+    if let Sharing::Pod(places) = &mut sharing {
+        mounts.iter_mut().for_each(|mount| guest.share_memory(mount, places));
+    }
     for mount in mounts.iter_mut().filter(|mount| is_host_bind(mount)) {
         let source = mount.source().clone().ok_or(Error::Missing("source of a bind mount"))?;
         let read_only = has_option(mount, "ro");
         let file = is_file(&source);
-        let inside = guest.share(&source, read_only, file, &base);
+        let inside = guest.share(&source, read_only, file, &base, &mut sharing);
         mount.set_typ(Some("bind".into())).set_source(Some(inside));
     }
     if guest.shares.len() > MAX_SHARES {
         return Err(Error::TooManyShares(guest.shares.len()));
     }
     let mut root = spec.root().clone().ok_or(Error::Missing("root"))?;
-    root.set_path(base.join("rootfs"));
-    guest.seccomp = take_seccomp(&mut guest.spec);
+    root.set_path(path);
+    guest.seccomp = take_seccomp(&mut guest.spec, matches!(sharing, Sharing::Pod(_)));
     guest.spec.set_mounts(Some(mounts)).set_root(Some(root)).set_annotations(None);
     Ok(guest)
 }
 
 impl GuestSpec {
-    fn root(&mut self, rootfs: &Rootfs, base: &Path, scratch_disk: bool) {
-        let lower = base.join("lower");
+    /// Has the container made in the pid namespace of that process of the guest's.
+    pub fn join_pids(&mut self, pid: u32) {
+        let mut linux = self.spec.linux().clone().unwrap_or_default();
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
+        let joined = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
+        // All that is asked of it is set.
+        namespaces.extend(joined.path(format!("/proc/{pid}/ns/pid")).build());
+        linux.set_namespaces(Some(namespaces));
+        self.spec.set_linux(Some(linux));
+    }
+
+    /// Prepares the container's root file system, and says where in the guest it is.
+    fn root(
+        &mut self,
+        rootfs: &Rootfs,
+        base: &Path,
+        scratch_disk: bool,
+        sharing: &mut Sharing<'_>,
+    ) -> PathBuf {
+        let mut lower = base.join("lower");
         match rootfs {
+            Rootfs::Below(dir) if matches!(sharing, Sharing::Pod(_)) => {
+                lower = self.share(dir, true, false, base, sharing);
+            }
+            Rootfs::Directory(dir) if matches!(sharing, Sharing::Pod(_)) => {
+                return self.share(dir, false, false, base, sharing);
+            }
             Rootfs::Disk => {
                 let source = format!("blk:{ROOTFS_DISK}");
                 self.storages.push(storage(&source, "erofs", &["ro"], &lower));
             }
             Rootfs::Below(dir) => drop(self.share_at(dir, true, false, lower.clone())),
             Rootfs::Directory(dir) => {
-                self.share_at(dir, false, false, base.join("rootfs"));
-                return;
+                return self.share_at(dir, false, false, base.join("rootfs"));
             }
         }
         let writable = base.join("rw");
@@ -153,11 +216,52 @@ impl GuestSpec {
             option("workdir", writable.join("work")),
         ];
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        self.storages.push(storage("overlay", "overlay", &options, &base.join("rootfs")));
+        let root = base.join("rootfs");
+        self.storages.push(storage("overlay", "overlay", &options, &root));
+        root
+    }
+
+    /// The pod's directory, which is there for all of the pod's life: its first container's.
+    fn share_pod(&mut self, dir: PathBuf) {
+        self.share_at(&dir, false, false, POD.into());
+        self.shares.iter_mut().for_each(|share| share.follow = true);
+    }
+
+    /// The memory that an engine prepares for all processes of a pod to share is the guest's: they are all in there. The first
+    /// container's is made, as large as the engine's; others name the engine's as their source.
+    fn share_memory(&mut self, mount: &mut Mount, places: &mut Places) {
+        let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else { return };
+        let tmpfs = mount.typ().as_deref() == Some("tmpfs");
+        if tmpfs && mount.destination() == Path::new(SHM) && places.memory.is_none() {
+            let sized = |option: &&String| option.starts_with("size=") || option.starts_with("mode=");
+            let options: Vec<&str> =
+                mount.options().iter().flatten().filter(sized).map(String::as_str).collect();
+            self.storages.push(storage("tmpfs", "tmpfs", &options, Path::new(POD_MEMORY)));
+            let mut options = mount.options().clone().unwrap_or_default();
+            options.retain(|option| !sized(&option));
+            options.push("bind".into());
+            mount.set_typ(Some("bind".into())).set_options(Some(options));
+            places.memory = Some(source);
+        }
     }
 
     /// The path in the guest of a host's path, sharing it unless the same is shared already.
-    fn share(&mut self, source: &Path, read_only: bool, file: bool, base: &Path) -> PathBuf {
+    fn share(
+        &mut self,
+        source: &Path,
+        read_only: bool,
+        file: bool,
+        base: &Path,
+        sharing: &mut Sharing<'_>,
+    ) -> PathBuf {
+        if let Sharing::Pod(places) = sharing {
+            if places.memory.as_deref() == Some(source) {
+                return POD_MEMORY.into();
+            }
+            let number = places.take(source, read_only, file);
+            self.places.push(number);
+            return Path::new(POD).join(number.to_string());
+        }
         let fits = |share: &SharedPath| {
             share.read_only == read_only && share.files == file && (file || share.sources == [source])
         };
@@ -179,7 +283,7 @@ impl GuestSpec {
         let tag = format!("share{}", self.shares.len());
         let options: &[&str] = if read_only { &["ro"] } else { &[] };
         self.storages.push(storage(&format!("fs:{tag}"), "virtiofs", options, &at));
-        self.shares.push(SharedPath { tag, sources: vec![source.into()], read_only, files });
+        self.shares.push(SharedPath { tag, sources: vec![source.into()], read_only, files, follow: false });
         at
     }
 }
@@ -203,7 +307,7 @@ fn is_host_bind(mount: &Mount) -> bool {
 }
 
 /// Takes out what is compiled separately, and what belongs to the sandbox rather than to one of its containers.
-fn take_seccomp(spec: &mut Spec) -> Option<LinuxSeccomp> {
+fn take_seccomp(spec: &mut Spec, pod: bool) -> Option<LinuxSeccomp> {
     let mut linux = spec.linux().clone()?;
     let seccomp = linux.seccomp().clone();
     // The cgroup's place on the host means nothing in the guest.
@@ -218,8 +322,8 @@ fn take_seccomp(spec: &mut Spec) -> Option<LinuxSeccomp> {
     let named = spec.domainname().as_ref().is_some_and(|name| !name.is_empty());
     let sandbox_wide = |typ| match typ {
         LinuxNamespaceType::Network => true,
-        LinuxNamespaceType::Ipc => !parameters,
-        LinuxNamespaceType::Uts => !parameters && !named,
+        LinuxNamespaceType::Ipc => pod || !parameters,
+        LinuxNamespaceType::Uts => pod || !parameters && !named,
         _ => false,
     };
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
@@ -302,7 +406,7 @@ mod tests {
 
     #[test]
     fn an_image_lies_beneath_a_scratch_overlay() {
-        let guest = translate(&spec(&[]), "c1", &Rootfs::Disk, false, |_| false).unwrap();
+        let guest = translate(&spec(&[]), "c1", &Rootfs::Disk, false, Sharing::Each, |_| false).unwrap();
         assert_eq!(
             describe(&guest),
             [
@@ -327,8 +431,10 @@ mod tests {
             ("/etc/hosts", "/j", false),
             ("/etc/hosts", "/k", true),
         ];
-        let guest =
-            translate(&spec(&volumes), "c1", &Rootfs::Below("/".into()), true, |p| p.is_file()).unwrap();
+        let guest = translate(&spec(&volumes), "c1", &Rootfs::Below("/".into()), true, Sharing::Each, |p| {
+            p.is_file()
+        })
+        .unwrap();
         assert_eq!(
             describe(&guest),
             [
@@ -357,7 +463,9 @@ mod tests {
 
     #[test]
     fn a_writable_directory_is_the_root_itself() {
-        let guest = translate(&spec(&[]), "c1", &Rootfs::Directory("/srv".into()), false, |_| false).unwrap();
+        let guest =
+            translate(&spec(&[]), "c1", &Rootfs::Directory("/srv".into()), false, Sharing::Each, |_| false)
+                .unwrap();
         assert_eq!(
             describe(&guest),
             ["fs:share0 virtiofs  /run/kapsel/c1/rootfs", "share0 = /srv ro=false files=false"]
@@ -365,11 +473,60 @@ mod tests {
     }
 
     #[test]
+    fn a_pods_containers_have_places_in_one_directory() {
+        let mut places = Places::new("/b/pod".into());
+        let with_memory = |kind: &str, options: Vec<String>| {
+            let mut spec = spec(&[("/etc/hosts", "/etc/hosts", false), ("/usr", "/v", false)]);
+            let mut shm = crate::spec::mount(kind, "/e/shm".into(), Path::new(SHM), options);
+            shm.set_typ(Some(kind.into()));
+            let mut mounts = spec.mounts().clone().unwrap_or_default();
+            mounts.push(shm);
+            spec.set_mounts(Some(mounts));
+            spec
+        };
+        let is_file = |path: &Path| path.starts_with("/etc");
+        let first = with_memory("tmpfs", vec!["nosuid".into(), "mode=1777".into(), "size=9".into()]);
+        let root = Rootfs::Directory("/r0".into());
+        let first = translate(&first, "main", &root, false, Sharing::Pod(&mut places), is_file).unwrap();
+        assert_eq!(
+            describe(&first),
+            [
+                "fs:share0 virtiofs  /run/kapsel/main/pod",
+                "tmpfs tmpfs mode=1777,size=9 /run/kapsel/main/shm",
+                "share0 = /b/pod ro=false files=false",
+                "bind /run/kapsel/main/pod/1 on /etc/hosts",
+                "bind /run/kapsel/main/pod/2 on /v",
+                "bind /run/kapsel/main/shm on /dev/shm",
+            ]
+        );
+        assert_eq!(first.spec.root().clone().unwrap().path(), Path::new("/run/kapsel/main/pod/0"));
+        let member = with_memory("bind", vec!["rbind".into()]);
+        let root = Rootfs::Below("/r1".into());
+        let mut member = translate(&member, "c", &root, false, Sharing::Pod(&mut places), is_file).unwrap();
+        assert_eq!(
+            describe(&member),
+            [
+                "tmpfs tmpfs mode=0755 /run/kapsel/c/rw",
+                "overlay overlay lowerdir=/run/kapsel/main/pod/3,upperdir=/run/kapsel/c/rw/upper,workdir=/run/kapsel/c/rw/work /run/kapsel/c/rootfs",
+                "bind /run/kapsel/main/pod/1 on /etc/hosts",
+                "bind /run/kapsel/main/pod/2 on /v",
+                "bind /run/kapsel/main/shm on /dev/shm",
+            ]
+        );
+        assert_eq!((first.places, member.places.clone()), (vec![0, 1, 2], vec![3, 1, 2]));
+        member.join_pids(7);
+        let linux = member.spec.linux().clone().unwrap();
+        let joined = linux.namespaces().iter().flatten().filter_map(|namespace| namespace.path().clone());
+        assert_eq!(joined.collect::<Vec<_>>(), [Path::new("/proc/7/ns/pid")]);
+        assert_eq!(places.release(&[3, 1, 2]).len(), 1, "the first one's are still used");
+    }
+
+    #[test]
     fn what_cannot_work_is_refused() {
         let mut hooks = spec(&[]);
         let hook = HookBuilder::default().path("/bin/true").build().unwrap();
         hooks.set_hooks(Some(HooksBuilder::default().poststop(vec![hook]).build().unwrap()));
-        let error = translate(&hooks, "c", &Rootfs::Disk, false, |_| false).unwrap_err();
+        let error = translate(&hooks, "c", &Rootfs::Disk, false, Sharing::Each, |_| false).unwrap_err();
         assert!(error.to_string().contains("hooks"), "{error}");
 
         let mut joined = spec(&[]);
@@ -378,7 +535,7 @@ mod tests {
         namespaces[0].set_path(Some("/proc/1/ns/pid".into()));
         linux.set_namespaces(Some(namespaces));
         joined.set_linux(Some(linux));
-        let error = translate(&joined, "c", &Rootfs::Disk, false, |_| false).unwrap_err();
+        let error = translate(&joined, "c", &Rootfs::Disk, false, Sharing::Each, |_| false).unwrap_err();
         assert!(error.to_string().contains("/proc/1/ns/pid"), "{error}");
 
         let mut many = spec(&[]);
@@ -388,6 +545,9 @@ mod tests {
             })
             .collect();
         many.set_mounts(Some(mounts));
-        assert_eq!(translate(&many, "c", &Rootfs::Disk, false, |_| false), Err(Error::TooManyShares(17)));
+        assert_eq!(
+            translate(&many, "c", &Rootfs::Disk, false, Sharing::Each, |_| false),
+            Err(Error::TooManyShares(17))
+        );
     }
 }

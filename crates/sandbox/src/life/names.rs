@@ -193,7 +193,7 @@ impl Watch {
                 ..Default::default()
             };
             let Ok(guest) = sandbox.guest() else { return };
-            if let Err(error) = guest.agent.names(sandbox.container(), vec![file]).await {
+            if let Err(error) = guest.agent.names(&sandbox.main.name, vec![file]).await {
                 tracing::warn!(%error, "the guest does not know who is on the bridge");
             }
         }

@@ -41,6 +41,8 @@ pub struct Process {
     streams: tokio::sync::Mutex<Option<Streams>>,
     input_closed: AtomicBool,
     abandoned: Notify,
+    /// Nothing of its output is on its way any more.
+    delivered: watch::Sender<bool>,
 }
 
 /// What a client asked for.
@@ -65,6 +67,7 @@ impl Process {
             streams: tokio::sync::Mutex::default(),
             input_closed: AtomicBool::new(false),
             abandoned: Notify::new(),
+            delivered: watch::Sender::new(false),
         })
     }
 
@@ -134,7 +137,14 @@ impl Process {
                 () = streams.drained() => {}
                 () = self.abandoned.notified() => tracing::warn!("output was not delivered to its end"),
             }
+            self.delivered.send_replace(true);
         }
+    }
+
+    /// Waits for whoever drains or cuts it.
+    pub(super) async fn delivered(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.delivered.subscribe().wait_for(|delivered| *delivered).await;
     }
 
     /// What it printed and nobody has read is dropped.
@@ -146,5 +156,6 @@ impl Process {
     pub(super) async fn cut(&self) {
         self.hub.close_unused();
         drop(self.streams.lock().await.take());
+        self.delivered.send_replace(true);
     }
 }

@@ -104,7 +104,12 @@ fn serve(
     let connection = UnixStream::connect(&socket).map_err(|e| failed(e.to_string()));
     let _ = std::fs::remove_file(&socket);
     let connection = connection?;
-    let share = profiles::Share { sources: &path.sources, read_only: path.read_only, tag: Some(&path.tag) };
+    let share = profiles::Share {
+        sources: &path.sources,
+        read_only: path.read_only,
+        follow: path.follow,
+        tag: Some(&path.tag),
+    };
     let jail =
         profiles::fsd(program, share, listener.into(), id.as_str()).map_err(|e| failed(e.to_string()))?;
     let jail = match cgroup {

@@ -11,12 +11,13 @@ use super::{
     agent::Agent,
     blueprint::{self, Blueprint, Occupant, Scratch},
     forward::Ports,
-    guest_spec::{self, GuestSpec, Rootfs},
+    guest_spec::{self, GuestSpec, Rootfs, Sharing},
     lock,
     names::{Names, Watch},
     network::{self, Connection, Plugs},
     shares::{self, Servers},
     size,
+    tree::Tree,
 };
 use crate::{
     annotations::Wishes,
@@ -101,15 +102,12 @@ impl Sandbox {
         // 1. Decide: everything that can be refused is refused before anything starts.
         let phase = self.watch.phase("prepare");
         let plan = request.io.plan()?;
-        self.init.want(Wanted { plan: plan.clone(), uris: request.io.uris(), process: None });
+        self.main.init.want(Wanted { plan: plan.clone(), uris: request.io.uris(), process: None });
         let (rootfs, disk) = root(&request.rootfs)?;
         let ports = self.take_ports()?;
         let published = ports.list();
         let storage = self.wishes.storage;
-        let guest_spec =
-            guest_spec::translate(&self.spec, self.container(), &rootfs, storage.is_some(), |path| {
-                path.is_file()
-            })?;
+        let guest_spec = self.furnish_main(&rootfs, storage.is_some())?;
         let profile = guest_spec.seccomp.as_ref();
         let filter =
             profile.map(|profile| seccomp::compile(profile, &self.paths.seccomp_cache())).transpose()?;
@@ -160,12 +158,12 @@ impl Sandbox {
             None => Vec::new(),
         };
         let files = names.files(&others);
-        let naming = agent.names(self.container(), files.clone());
+        let naming = agent.names(&self.main.name, files.clone());
         let (release, pid) = if let Origin::Prepared { pid } = origin {
             let process =
                 guest_spec.spec.process().clone().ok_or_else(|| Error::Invalid("no process".into()))?;
             let seccomp = filter.unwrap_or_default();
-            *lock(&self.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
+            *lock(&self.main.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
             let (release, configured, named) =
                 tokio::join!(agent.hello(), agent.configure(&hostname, interfaces), naming);
             configured?;
@@ -173,8 +171,8 @@ impl Sandbox {
             (release?, pid)
         } else {
             let token = token();
-            let create = self.create_request(&guest_spec, filter, &plan, announce(&plan, token))?;
-            let streams = Streams::connect(&*channel, token, &plan, &self.init.hub, log);
+            let create = create_request(&self.main.name, &guest_spec, filter, &plan, announce(&plan, token))?;
+            let streams = Streams::connect(&*channel, token, &plan, &self.main.init.hub, log);
             let (release, configured, created, named, streams) = tokio::join!(
                 agent.hello(),
                 agent.configure(&hostname, interfaces),
@@ -186,7 +184,7 @@ impl Sandbox {
             configured?;
             let pid = created?;
             named?;
-            self.init.connected(streams?).await;
+            self.main.init.connected(streams?).await;
             (release, pid)
         };
         drop(phase);
@@ -213,10 +211,27 @@ impl Sandbox {
         self.watch_channel(channel.clone());
         let writes_host = guest_spec.shares.iter().any(|share| !share.read_only);
         let _ = self.guest.set(Guest { machine, channel, agent, writes_host });
-        self.init.set(State::Created);
+        let _ = self.main.pid.set(pid);
+        self.main.init.set(State::Created);
         self.follow_names(watch, names, &files);
         self.want_template(&blueprint, origin, prepared.as_ref());
         Ok(pid)
+    }
+
+    /// The main container's specification for the guest, and what it names of the host where the guest finds it.
+    fn furnish_main(&self, rootfs: &Rootfs, scratch_disk: bool) -> Result<GuestSpec, Error> {
+        let translate = |sharing| {
+            let is_file = |path: &std::path::Path| path.is_file();
+            guest_spec::translate(&self.spec, &self.main.name, rootfs, scratch_disk, sharing, is_file)
+        };
+        if !self.wishes.pod {
+            return Ok(translate(Sharing::Each)?);
+        }
+        let mut tree = Tree::make(self.bundle.pod_dir())?;
+        let translated = translate(Sharing::Pod(&mut tree.places));
+        let filled = translated.map_err(Error::from).and_then(|guest| tree.fill().map(|()| guest));
+        lock(&self.host).tree = Some(tree);
+        filled
     }
 
     /// The network that the sandbox shall have.
@@ -418,30 +433,6 @@ impl Sandbox {
         }
     }
 
-    fn create_request(
-        &self,
-        guest_spec: &GuestSpec,
-        filter: Option<Filter>,
-        plan: &Plan,
-        stdio: api::Stdio,
-    ) -> Result<api::CreateRequest, Error> {
-        let spec = serde_json::to_vec(&guest_spec.spec).map_err(|e| Error::Invalid(e.to_string()))?;
-        let filter = filter.unwrap_or_default();
-        let (width, height) = guest_spec.spec.process().as_ref().map_or((0, 0), size);
-        Ok(api::CreateRequest {
-            id: self.container().into(),
-            spec,
-            storages: guest_spec.storages.clone(),
-            seccomp: filter.program,
-            seccomp_flags: filter.flags,
-            terminal: plan.terminal,
-            width,
-            height,
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        })
-    }
-
     fn output_log(&self, plan: &Plan) -> Result<Option<Log>, Error> {
         if !plan.logs() {
             return Ok(None);
@@ -518,8 +509,36 @@ impl Sandbox {
     }
 }
 
+/// What makes container `name` in the guest.
+///
+/// # Errors
+/// When its specification cannot be written.
+pub(super) fn create_request(
+    name: &str,
+    guest_spec: &GuestSpec,
+    filter: Option<Filter>,
+    plan: &Plan,
+    stdio: api::Stdio,
+) -> Result<api::CreateRequest, Error> {
+    let spec = serde_json::to_vec(&guest_spec.spec).map_err(|e| Error::Invalid(e.to_string()))?;
+    let filter = filter.unwrap_or_default();
+    let (width, height) = guest_spec.spec.process().as_ref().map_or((0, 0), size);
+    Ok(api::CreateRequest {
+        id: name.into(),
+        spec,
+        storages: guest_spec.storages.clone(),
+        seccomp: filter.program,
+        seccomp_flags: filter.flags,
+        terminal: plan.terminal,
+        width,
+        height,
+        stdio: Some(stdio).into(),
+        ..Default::default()
+    })
+}
+
 /// The root file system of a Create request: what it is for the guest, and its disk when it is one.
-fn root(mounts: &[RootfsMount]) -> Result<(Rootfs, Option<PathBuf>), Error> {
+pub(super) fn root(mounts: &[RootfsMount]) -> Result<(Rootfs, Option<PathBuf>), Error> {
     let [mount] = mounts else {
         return Err(Error::Invalid(format!("a root file system is one mount, not {}", mounts.len())));
     };

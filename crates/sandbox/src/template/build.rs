@@ -112,7 +112,7 @@ pub fn build_in_background(
         let mut command = Command::new(program);
         command.arg("build-template");
         // A template has no network; its clones are given theirs.
-        for (key, value) in (Wishes { network: None, ..wishes.clone() }).to_annotations() {
+        for (key, value) in (Wishes { network: None, pod: false, ..wishes.clone() }).to_annotations() {
             command.arg("--annotation").arg(format!("{key}={value}"));
         }
         let stdin = match prepared {

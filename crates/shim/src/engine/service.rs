@@ -89,7 +89,7 @@ impl TaskApi for Service {
         let task = self.task(&request.id)?;
         // Clients look processes up on the host, where the guest's numbers are those of others. That the guest answers says that there
         // is one: after a restart containerd takes a shim without processes for a leaked one.
-        told(task.sandbox.pids().await)?;
+        told(task.container.pids().await)?;
         let monitor = ProcessInfo { pid: task.pid, ..Default::default() };
         Ok(api::PidsResponse { processes: vec![monitor], ..Default::default() })
     }
@@ -121,11 +121,11 @@ impl TaskApi for Service {
     async fn kill(&self, context: &TtrpcContext, request: api::KillRequest) -> Result<api::Empty> {
         const KILL: u32 = rustix::process::Signal::KILL.as_raw() as u32;
         let task = self.task(&request.id)?;
-        let thaw = request.signal == KILL && task.sandbox.is_paused();
+        let thaw = request.signal == KILL && task.container.is_paused();
         let done = task.service.kill(context, request).await?;
         if thaw {
             // Frozen processes do not even die. One that is dead already cannot be thawed any more.
-            let _ = task.sandbox.resume().await;
+            let _ = task.container.resume().await;
         }
         Ok(done)
     }

@@ -23,7 +23,7 @@ use kapsel_sandbox::launch::inherit;
 use rustix::fs::OFlags;
 use serde_json::json;
 
-use super::{Host, flags::Flags};
+use super::{Host, flags::Flags, pod::Place};
 
 /// The most that containerd says on standard input.
 const INPUT_MAX: u64 = 10 << 20;
@@ -39,19 +39,32 @@ pub fn start(host: &Host, flags: &Flags) -> anyhow::Result<()> {
     let asked = Asked::of(&input()?, flags);
     let bundle = std::env::current_dir().context("cannot tell containerd's bundle: the working directory")?;
     host.paths.prepare()?;
-    let socket = socket_path(host, flags, &flags.id);
-    let listener = listen(&socket)?;
-    let flags = Flags { bundle: Some(bundle.clone()), ..flags.clone() };
-    let started = spawn(&bundle, &flags, asked.ttrpc_address(), listener);
-    if let Err(error) = started {
-        let _ = fs::remove_file(&socket);
-        return Err(error);
+    let place = Place::read(&bundle)?;
+    let socket = socket_path(host, flags, place.group(&flags.id));
+    match &place {
+        Place::Member(pod) => {
+            UnixStream::connect(&socket).with_context(|| {
+                format!("the container is of pod {pod}, whose shim does not answer at {}", socket.display())
+            })?;
+        }
+        Place::Alone | Place::Sandbox => begin(&bundle, flags, &asked, &socket)?,
     }
     let address = format!("unix://{}", socket.display());
     // From here a containerd that is started anew knows it; older ones rely on the shim for that.
     fs::write(bundle.join("address"), &address)
         .with_context(|| format!("cannot write {}", bundle.join("address").display()))?;
     std::io::stdout().write_all(&asked.reply(&address)?).context("cannot tell the address")
+}
+
+/// Starts a process for a container or pod that has none yet.
+fn begin(bundle: &Path, flags: &Flags, asked: &Asked, socket: &Path) -> anyhow::Result<()> {
+    let listener = listen(socket)?;
+    let flags = Flags { bundle: Some(bundle.to_owned()), ..flags.clone() };
+    let started = spawn(bundle, &flags, asked.ttrpc_address(), listener);
+    if started.is_err() {
+        let _ = fs::remove_file(socket);
+    }
+    started
 }
 
 fn input() -> anyhow::Result<Vec<u8>> {

@@ -11,9 +11,9 @@ use anyhow::Context;
 use containerd_shim_protos::{api, events::task as message, protobuf::MessageField};
 use kapsel_sandbox::{
     client::RootfsMount,
-    engine::{Bundle, Network},
+    engine::{Bundle, Network, Role},
     launch,
-    life::{Cause, CreateRequest, Error, Process, Sandbox},
+    life::{Container, CreateRequest, Error, Member, Process, Sandbox},
     paths::Id,
     record::{Exit, Record},
     registry::Registry,
@@ -25,6 +25,7 @@ use super::{
     Host,
     events::{Event, Events},
     flags::Flags,
+    pod::Place,
     rootfs, sandbox_file,
 };
 use crate::{
@@ -64,8 +65,10 @@ pub struct Task {
     pub id: String,
     /// containerd's bundle.
     pub bundle: PathBuf,
-    /// Its sandbox.
+    /// Its sandbox, which a pod's containers have together.
     pub sandbox: Arc<Sandbox>,
+    /// Itself.
+    pub container: Arc<Container>,
     /// Answers for it.
     pub service: TaskService,
     /// Of the process on the host that stands for it.
@@ -137,6 +140,8 @@ impl Tasks {
             }
             tasks.insert(request.id.clone(), None);
         }
+        // containerd says after each container of a pod that it needs no more.
+        self.count.send_modify(|count| count.dismissed = false);
         self.changed();
         let bundle = PathBuf::from(&request.bundle);
         match self.make(&request, &bundle).await {
@@ -166,27 +171,50 @@ impl Tasks {
         let (at, mounts) = (dir.to_owned(), request.rootfs.clone());
         let mounting = tokio::task::spawn_blocking(move || rootfs::mount(&at, &mounts)).await;
         mounting.map_err(|e| Error::Resources(e.to_string()))?.map_err(resources)?;
+        let place = Place::read(dir).map_err(|error| Error::Invalid(format!("{error:#}")))?;
+        let pod = match &place {
+            Place::Alone | Place::Sandbox => None,
+            Place::Member(pod) => Some(self.get(pod)?),
+        };
+        let role = match (&place, &pod) {
+            (Place::Alone, _) => Role::Alone,
+            (Place::Sandbox, _) => Role::PodSandbox,
+            (Place::Member(_), pod) => Role::PodMember { monitor: pod.as_ref().map_or(0, |pod| pod.pid) },
+        };
         let mut bundle =
-            Bundle::read(dir, &self.host.config).map_err(|error| Error::Invalid(error.to_string()))?;
+            Bundle::read(dir, role, &self.host.config).map_err(|error| Error::Invalid(error.to_string()))?;
         bundle.warnings.iter().for_each(|warning| tracing::info!(id = request.id, warning));
         refuse_hooks(&bundle)?;
-        refuse_pods(&bundle)?;
-        if let Network::At(path) = &bundle.network {
-            Bundle::connect(&mut bundle.spec, path).map_err(|error| Error::Invalid(error.to_string()))?;
-        }
-        let owned = self.own(request, &bundle, watch).await.map_err(resources)?;
-        let sandbox = owned.sandbox.clone();
-        // Until the sandbox is gone: kapsel's commands see it as they see any other.
-        tokio::spawn(owned.gone());
         let io = convert::create(request).io;
-        let create = CreateRequest { rootfs: vec![bundle.rootfs.clone()], io };
-        sandbox.create(create).await?;
+        let (sandbox, container) = match pod {
+            Some(pod) => {
+                let (name, rootfs) = (request.id.clone(), bundle.rootfs.clone());
+                let member = Member { name, spec: bundle.spec, rootfs, io, shares_pids: bundle.shares_pids };
+                let container = pod.sandbox.add(member).await?;
+                (pod.sandbox.clone(), container)
+            }
+            None => {
+                if let Network::At(path) = &bundle.network {
+                    Bundle::connect(&mut bundle.spec, path)
+                        .map_err(|error| Error::Invalid(error.to_string()))?;
+                }
+                let owned = self.own(request, &bundle, watch).await.map_err(resources)?;
+                let sandbox = owned.sandbox.clone();
+                // Until the sandbox is gone: kapsel's commands see it as they see any other.
+                tokio::spawn(owned.gone());
+                let create = CreateRequest { rootfs: vec![bundle.rootfs.clone()], io };
+                sandbox.create(create).await?;
+                let container = sandbox.main.clone();
+                (sandbox, container)
+            }
+        };
         let pid = sandbox.monitor();
         Ok(Arc::new(Task {
             id: request.id.clone(),
             bundle: dir.to_owned(),
-            service: TaskService::new(sandbox.clone(), request.id.clone()),
+            service: TaskService::new(container.clone(), request.id.clone()),
             sandbox,
+            container,
             pid,
             added: Mutex::default(),
         }))
@@ -238,7 +266,7 @@ impl Tasks {
 
     /// Tells of the end of a container's first process once those of the others are told.
     async fn tell_end(&self, task: &Task) {
-        let exit = task.sandbox.init.exited().await;
+        let exit = task.container.init.exited().await;
         let added = std::mem::take(&mut *task.added());
         for telling in added {
             let _ = telling.await;
@@ -254,8 +282,8 @@ impl Tasks {
     /// # Errors
     /// Why not.
     pub async fn start(self: &Arc<Self>, task: &Arc<Task>, exec_id: &str) -> Result<(), Error> {
-        let process = task.sandbox.process(exec_id)?;
-        task.sandbox.start(exec_id).await?;
+        let process = task.container.process(exec_id)?;
+        task.container.start(exec_id).await?;
         // Between these two nothing waits, and this process has one thread: an end that is told comes after the start.
         let (container_id, pid) = (task.id.clone(), task.pid);
         if exec_id.is_empty() {
@@ -283,14 +311,15 @@ impl Tasks {
     /// # Errors
     /// When it runs.
     pub async fn delete(&self, task: &Arc<Task>) -> Result<Exit, Error> {
-        let sandbox = &task.sandbox;
-        if let Ok(deleted) = tokio::time::timeout(UNREAD, sandbox.delete("")).await {
+        let container = &task.container;
+        if let Ok(deleted) = tokio::time::timeout(UNREAD, container.delete("")).await {
             deleted?;
         } else {
             // Nobody reads what it has printed: its client has gone, and will not come back to a deleted container.
-            sandbox.end(Cause::Killed("its output was not read when it was deleted".into())).await;
+            container.abandon_output();
+            container.delete("").await?;
         }
-        let exit = sandbox.init.exited().await;
+        let exit = container.init.exited().await;
         rootfs::unmount(&task.bundle).map_err(|error| Error::Resources(format!("{error:#}")))?;
         self.lock().remove(&task.id);
         self.tell(&Event::Delete(message::TaskDelete {
@@ -340,19 +369,6 @@ fn exited(task: &Task, exec_id: &str, exit: &Exit) -> Event {
         exited_at: convert::timestamp(exit.at),
         ..Default::default()
     })
-}
-
-/// The CRI plug-in makes a pod of several containers, which share more than two machines can. Refused at the first, so that no pod is
-/// left half made.
-fn refuse_pods(bundle: &Bundle) -> Result<(), Error> {
-    const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-    match bundle.annotations.get(CONTAINER_TYPE) {
-        None => Ok(()),
-        Some(typ) => Err(Error::Invalid(format!(
-            "the container is a pod's ({CONTAINER_TYPE}={typ}), and pods, whose containers share one machine, do not \
-             work yet; leave the pod's runtimeClassName out"
-        ))),
-    }
 }
 
 /// Hooks of the host look for a process of the container's on the host, and there is none.

@@ -32,12 +32,12 @@ fn a_program_that_is_not_there_is_told_at_create() {
 #[test]
 fn what_a_machine_cannot_give_is_refused_by_name() {
     let engine = engine!();
-    let pod = "io.kubernetes.cri.container-type=sandbox";
+    let pod = "io.kubernetes.cri.container-type=container";
     for (flags, words) in [
         (&["--net-host"][..], "--network=host"),
         (&["--privileged"], "device"),
         (&["--with-ns", "network:/proc/self/ns/net"], "--network=host"),
-        (&["--annotation", pod], "runtimeClassName"),
+        (&["--annotation", pod], "io.kubernetes.cri.sandbox-id"),
         (&["--annotation", "io.kapsel.colour=red"], "unknown annotation"),
         (&["--mount", "type=bind,src=/dev/null,dst=/x,options=bind"], "device of the host"),
     ] {
