@@ -33,9 +33,11 @@ impl Named {
 
 impl Drop for Named {
     fn drop(&mut self) {
-        for dir in self.dirs() {
-            let _ = fs::remove_dir(&dir);
-            let _ = dir.parent().map(fs::remove_dir);
+        for base in hierarchies() {
+            // Another test may still be in the directory above; the last one removes it.
+            for dir in base.join(&self.0).ancestors().take_while(|dir| *dir != base) {
+                let _ = fs::remove_dir(dir);
+            }
         }
     }
 }
