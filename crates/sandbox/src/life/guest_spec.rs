@@ -494,8 +494,8 @@ mod tests {
                 "fs:share0 virtiofs  /run/kapsel/main/pod",
                 "tmpfs tmpfs mode=1777,size=9 /run/kapsel/main/shm",
                 "share0 = /b/pod ro=false files=false",
-                "bind /run/kapsel/main/pod/1 on /etc/hosts",
-                "bind /run/kapsel/main/pod/2 on /v",
+                "bind /run/kapsel/main/pod/1 on /v",
+                "bind /run/kapsel/main/pod/2 on /etc/hosts",
                 "bind /run/kapsel/main/shm on /dev/shm",
             ]
         );
@@ -508,8 +508,8 @@ mod tests {
             [
                 "tmpfs tmpfs mode=0755 /run/kapsel/c/rw",
                 "overlay overlay lowerdir=/run/kapsel/main/pod/3,upperdir=/run/kapsel/c/rw/upper,workdir=/run/kapsel/c/rw/work /run/kapsel/c/rootfs",
-                "bind /run/kapsel/main/pod/1 on /etc/hosts",
-                "bind /run/kapsel/main/pod/2 on /v",
+                "bind /run/kapsel/main/pod/1 on /v",
+                "bind /run/kapsel/main/pod/2 on /etc/hosts",
                 "bind /run/kapsel/main/shm on /dev/shm",
             ]
         );
