@@ -147,10 +147,19 @@ fn certificates_that_make_no_sense_are_named() {
     let (registry, authority) = (registry(), Authority::new());
     let port = front(&registry, &authority, false);
     let ours = authority.issue("client.test", ExtendedKeyUsagePurpose::ClientAuth);
+    let pair = [("client.cert", ours.certificate.as_str()), ("client.key", ours.key.as_str())];
+    let names: Vec<String> = (0..101).map(|number| format!("{number}.txt")).collect();
+    let many: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "")).collect();
     for (files, named) in [
         (&[("ca.crt", "nothing")][..], "ca.crt"),
         (&[("client.cert", ours.certificate.as_str())][..], "client.key"),
         (&[("client.cert", "nothing"), ("client.key", ours.key.as_str())][..], "client.cert"),
+        (&[("client.key", ours.key.as_str())][..], "client.cert"),
+        (
+            &[&pair[..], &[("other.cert", &*ours.certificate), ("other.key", &*ours.key)]].concat()[..],
+            "other.cert",
+        ),
+        (&many[..], "more than 100 files"),
     ] {
         let error = pull(port, files).unwrap_err().to_string();
         assert!(error.contains(named) && !error.contains(&ours.key[40..80]), "{error}");

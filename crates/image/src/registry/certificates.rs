@@ -25,34 +25,35 @@ pub(super) fn apply(
     directories: &[PathBuf],
     reference: &Reference,
 ) -> Result<ClientBuilder> {
+    let bad = |path: &Path, reason: String| Error::Credentials {
+        registry: reference.registry().to_owned(),
+        path: path.to_owned(),
+        reason,
+    };
+    let mut ours: Option<PathBuf> = None;
     for path in directories.iter().map(|directory| directory.join(reference.registry())) {
-        let bad = |path: &Path, reason: String| Error::Credentials {
-            registry: reference.registry().to_owned(),
-            path: path.to_owned(),
-            reason,
-        };
-        for file in files(&path)? {
-            let extension = file.extension().and_then(|extension| extension.to_str());
-            match extension {
+        let files = files(&path)?;
+        if files.len() > MAX_FILES {
+            return Err(bad(&path, format!("it has more than {MAX_FILES} files")));
+        }
+        for file in files {
+            match file.extension().and_then(|extension| extension.to_str()) {
                 Some("crt") => {
-                    let pem = read(&file)?;
                     let authorities =
-                        Certificate::from_pem_bundle(&pem).map_err(|e| bad(&file, e.to_string()))?;
+                        Certificate::from_pem_bundle(&read(&file)?).map_err(|e| bad(&file, e.to_string()))?;
                     if authorities.is_empty() {
                         return Err(bad(&file, "it has no certificate in PEM form".into()));
                     }
                     client = client.tls_certs_merge(authorities);
                 }
+                // Whether its other half is there, which is read below.
+                Some("key") => drop(read(&file.with_extension("cert"))?),
                 Some("cert") => {
-                    let key = file.with_extension("key");
-                    let mut pem = read(&file)?;
-                    pem.push(b'\n');
-                    pem.extend(read(&key)?);
-                    // The library's own message may quote what it stumbled over, which may be the key.
-                    let identity = Identity::from_pem(&pem).map_err(|_| {
-                        bad(&file, format!("it and {} are no pair in PEM form", key.display()))
-                    })?;
-                    client = client.identity(identity);
+                    if let Some(other) = &ours {
+                        return Err(bad(&file, format!("{} identifies us already", other.display())));
+                    }
+                    client = client.identity(identity(&file).map_err(|reason| bad(&file, reason))?);
+                    ours = Some(file);
                 }
                 _ => {}
             }
@@ -61,7 +62,17 @@ pub(super) fn apply(
     Ok(client)
 }
 
-/// The directory's files in the order of their names; none if there is no such directory.
+/// The certificate in the file and the key beside it.
+fn identity(file: &Path) -> Result<Identity, String> {
+    let key = file.with_extension("key");
+    let mut pem = read(file).map_err(|error| error.to_string())?;
+    pem.push(b'\n');
+    pem.extend(read(&key).map_err(|error| error.to_string())?);
+    // The library's own message may quote what it stumbled over, which may be the key.
+    Identity::from_pem(&pem).map_err(|_| format!("it and {} are no pair in PEM form", key.display()))
+}
+
+/// The directory's files in the order of their names, or a few more than it may have; none if there is no such directory.
 fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
@@ -70,7 +81,7 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
         entries => entries.context("list", directory)?,
     };
     let mut files = Vec::new();
-    for entry in entries.take(MAX_FILES) {
+    for entry in entries.take(MAX_FILES + 1) {
         files.push(entry.context("list", directory)?.path());
     }
     files.sort();

@@ -9,15 +9,13 @@ use oci_spec::image::Descriptor;
 use reqwest::StatusCode;
 use tokio::sync::mpsc;
 
-use super::session::{PAUSE, Refusal, Session, cut, failure};
+use super::session::{ATTEMPTS, PAUSE, Refusal, Session, cut, failure};
 use crate::digest::Hasher;
 use crate::error::{IoContext, Result};
 use crate::progress::{Phase, Progress, ProgressItem};
 use crate::store::{Claim, Claimed, LOCK_POLL, Store, digest_of};
 use crate::{Digest, Error};
 
-/// Attempts in a row that bring next to nothing before a download is given up.
-const ATTEMPTS: u32 = 4;
 /// Bytes by which an attempt counts as one that got on. Without a least number, a registry could drop the connection
 /// after every byte, and never be given up.
 const PROGRESS: u64 = 16 << 10;

@@ -26,8 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a manifest or token may take, however steadily it trickles in.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Attempts to get a manifest or token that the registry may have later.
-const ATTEMPTS: u32 = 4;
+/// Attempts in a row that bring next to nothing before the registry is given up.
+pub(super) const ATTEMPTS: u32 = 4;
 /// The pause before the second attempt; it doubles each time.
 pub(super) const PAUSE: Duration = Duration::from_millis(250);
 /// Bytes of a token server's reply. Tokens are headers later, so they are far smaller.
