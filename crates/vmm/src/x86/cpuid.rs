@@ -19,6 +19,8 @@ const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: debug store, thermal monitors; several logical processors.
 const HIDDEN_1_EDX: u32 = 1 << 21 | 1 << 22 | 1 << 29;
 const HTT: u32 = 1 << 28;
+/// Leaf 6, EAX: the local APIC's timer does not stop when the processor sleeps (ARAT).
+const ALWAYS_RUNNING_TIMER: u32 = 1 << 2;
 /// Leaf 7, EBX: SGX.
 const HIDDEN_7_EBX: u32 = 1 << 2;
 /// Leaf 7, EDX: AMX, whose state the host's kernel would have to permit first.
@@ -52,8 +54,14 @@ fn normalise(entry: &mut kvm_cpuid_entry2, Position { cpu, cpus }: Position) {
             let sharing = if entry.eax >> 5 & 7 >= 3 { u32::from(cpus) - 1 } else { 0 };
             entry.eax = entry.eax & !(0xfff << 14) | sharing << 14;
         }
-        // Performance counters, power management, resource control, SGX, processor trace: none.
-        0x5 | 0x6 | 0xa | 0xf | 0x10 | 0x12 | 0x14 | 0x8000_001b | 0x8000_0022 => clear(entry),
+        // Power management: none, but a timer that runs in all states, as KVM's does. Without the bit Linux waits for a second
+        // timer to take over, which is not there, and ticks for ever instead of sleeping until something is due.
+        0x6 => {
+            clear(entry);
+            entry.eax = ALWAYS_RUNNING_TIMER;
+        }
+        // Performance counters, monitoring, resource control, SGX, processor trace: none.
+        0x5 | 0xa | 0xf | 0x10 | 0x12 | 0x14 | 0x8000_001b | 0x8000_0022 => clear(entry),
         0x7 if entry.index == 0 => {
             entry.ebx &= !HIDDEN_7_EBX;
             entry.edx &= !HIDDEN_7_EDX;
@@ -133,6 +141,8 @@ mod tests {
         assert_ne!(one.ecx & HYPERVISOR, 0);
         assert_eq!(leaf(0x8000_0001, 0, position).ecx & 1 << 2, 0);
         assert_eq!(leaf(0xa, 0, position).eax, 0);
+        let power = leaf(6, 0, position);
+        assert_eq!((power.eax, power.ebx, power.ecx, power.edx), (ALWAYS_RUNNING_TIMER, 0, 0, 0));
         assert_eq!(leaf(7, 0, position).edx & HIDDEN_7_EDX, 0);
         assert_eq!(leaf(7, 1, position).edx, u32::MAX);
     }

@@ -98,6 +98,11 @@ fn check(condition: bool, what: &str) -> io::Result<()> {
 fn devices() -> io::Result<()> {
     let processors = fs::read_to_string("/proc/cpuinfo")?.matches("processor\t").count();
     check(processors == 2, "there are two processors")?;
+    let timers = fs::read_to_string("/proc/timer_list")?;
+    check(
+        !timers.contains("tick_handle_periodic"),
+        "a processor with nothing to do sleeps through its ticks",
+    )?;
     disks()?;
     let source = fs::read_to_string("/sys/class/misc/hw_random/rng_current")?;
     check(source.trim() == "virtio_rng.0", "the entropy device is in use")?;
@@ -278,6 +283,11 @@ fn after_fork(connection: &mut fs::File) -> io::Result<()> {
     fs::File::open("/dev/hwrng")?.read_exact(&mut [0; 16])?;
     let processors = fs::read_to_string("/proc/cpuinfo")?.matches("processor\t").count();
     check(processors == 2, "there are two processors")?;
+    let timers = fs::read_to_string("/proc/timer_list")?;
+    check(
+        !timers.contains("tick_handle_periodic"),
+        "a processor with nothing to do sleeps through its ticks",
+    )?;
     for cpu in 0..2 {
         let command = format!("taskset {} true", 1 << cpu);
         check(
