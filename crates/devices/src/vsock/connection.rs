@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
+use rustix::event::epoll::EventFlags;
+
 use super::packet::{Credit, Operation, Packet, Ports, shutdown};
 use crate::chain::Buffers;
 
@@ -61,6 +63,10 @@ pub struct Connection {
     asked: bool,
     /// The host's socket may have something to read.
     readable: bool,
+    /// Whether the host's socket is watched for room.
+    waits: bool,
+    /// The host's socket will not send any more.
+    ending: bool,
     /// The host's socket is closed entirely, not only for writing.
     hung_up: bool,
     /// Bits of [`shutdown`] that the guest sent.
@@ -99,6 +105,8 @@ impl Connection {
             told: 0,
             asked: false,
             readable: true,
+            waits: false,
+            ending: false,
             hung_up: false,
             guest_shutdown: 0,
             host_ended: false,
@@ -117,9 +125,21 @@ impl Connection {
     }
 
     /// The host's socket has news.
-    pub fn host_event(&mut self, readable: bool, hung_up: bool) {
-        self.readable |= readable | hung_up;
-        self.hung_up |= hung_up;
+    pub fn host_event(&mut self, flags: EventFlags) {
+        self.hung_up |= flags.intersects(EventFlags::HUP | EventFlags::ERR);
+        self.ending |= self.hung_up | flags.contains(EventFlags::RDHUP);
+        self.readable |= self.ending | flags.contains(EventFlags::IN);
+    }
+
+    /// The host's socket.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Whether the host's socket is to be watched for room from now on, or not any more; none when that stays.
+    pub fn changes_its_wait(&mut self) -> Option<bool> {
+        let waits = !self.backlog.is_empty();
+        (std::mem::replace(&mut self.waits, waits) != waits).then_some(waits)
     }
 
     /// Works on a packet of the guest; `data` has the packet's length.
@@ -229,14 +249,16 @@ impl Connection {
                 self.readable = false;
                 Ok(None)
             }
-            Some(0) => {
+            Some((0, _)) => {
                 self.readable = false;
                 self.host_ended = true;
                 let mut packet = Packet::new(self.ports, Operation::Shutdown);
                 packet.flags = if self.hung_up { shutdown::BOTH } else { shutdown::SEND };
                 Ok(Some(self.with_credit(packet)))
             }
-            Some(length) => {
+            Some((length, all)) => {
+                // What comes next is an event of its own; the end is one that may have come before.
+                self.readable = self.ending || !all;
                 self.sent = self.sent.wrapping_add(length);
                 self.told = self.forwarded;
                 let mut packet = Packet::new(self.ports, Operation::Data);
@@ -311,8 +333,9 @@ fn send(stream: &UnixStream, data: &Buffers<'_>) -> io::Result<usize> {
     }
 }
 
-/// How much the socket gave, at most `limit` bytes: `None` for nothing now, 0 for nothing ever.
-fn receive(stream: &UnixStream, data: &Buffers<'_>, limit: u64) -> io::Result<Option<u32>> {
+/// How much the socket gave, at most `limit` bytes, and whether that was all it had: `None` for nothing now, 0 for nothing
+/// ever.
+fn receive(stream: &UnixStream, data: &Buffers<'_>, limit: u64) -> io::Result<Option<(u32, bool)>> {
     let mut vectors = data.iovecs();
     let mut message = message(&mut vectors, limit);
     loop {
@@ -321,13 +344,15 @@ fn receive(stream: &UnixStream, data: &Buffers<'_>, limit: u64) -> io::Result<Op
         match u32::try_from(given) {
             Ok(given) => {
                 data.mark_written(given.into());
-                return Ok(Some(given));
+                // Descriptors that came along, which nobody takes, end a message early.
+                let all = u64::from(given) < limit && message.msg_flags & libc::MSG_CTRUNC == 0;
+                return Ok(Some((given, all)));
             }
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 error if error.kind() == io::ErrorKind::Interrupted => {}
                 // The peer went without reading what it was sent.
-                error if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Some(0)),
+                error if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Some((0, true))),
                 error => return Err(error),
             },
         }

@@ -22,6 +22,8 @@ const GREETING_MAX: usize = 19;
 const FIRST_HOST_PORT: u32 = 1 << 30;
 /// Rounds of events in a call; what is left makes the descriptor readable at once.
 const ROUNDS_MAX: usize = 8;
+/// Events in a round.
+const EVENTS_MAX: usize = 64;
 /// The listener among the events; connections count from 1.
 const LISTENER: u64 = 0;
 
@@ -97,7 +99,7 @@ impl Muxer {
     /// Looks at what happened on the host's sockets.
     pub fn host_events(&mut self) {
         for _ in 0..ROUNDS_MAX {
-            let mut events: [std::mem::MaybeUninit<epoll::Event>; 64] = [std::mem::MaybeUninit::uninit(); 64];
+            let mut events = [std::mem::MaybeUninit::<epoll::Event>::uninit(); EVENTS_MAX];
             let now = rustix::time::Timespec::default();
             let ready = match epoll::wait(&self.epoll, &mut events, Some(&now)) {
                 Ok((ready, _)) => ready,
@@ -107,11 +109,14 @@ impl Muxer {
                     return;
                 }
             };
-            if ready.is_empty() {
-                return;
-            }
+            // Others would have had room. A new connection's first line is usually there already.
+            let accepted = ready.iter().any(|event| event.data.u64() == LISTENER);
+            let all = ready.len() < EVENTS_MAX && !accepted;
             for event in ready {
                 self.host_event(event.data.u64(), event.flags);
+            }
+            if all {
+                return;
             }
         }
     }
@@ -123,10 +128,9 @@ impl Muxer {
         } else if self.greeting.contains_key(&token) {
             self.greet(token);
         } else if let Some(connection) = self.connections.get_mut(&token) {
-            let hung_up = flags.intersects(EventFlags::HUP | EventFlags::ERR);
-            connection.host_event(flags.intersects(EventFlags::IN | EventFlags::RDHUP), hung_up);
+            connection.host_event(flags);
             match if flags.contains(EventFlags::OUT) { connection.flush() } else { Ok(()) } {
-                Ok(()) => self.wake(token),
+                Ok(()) => self.settle(token),
                 Err(end) => self.end(token, &end),
             }
         }
@@ -153,12 +157,13 @@ impl Muxer {
         }
     }
 
-    /// Watches a socket edge-triggered under a new number.
+    /// Watches a socket edge-triggered under a new number. Its room is of interest only while something waits for it: it
+    /// changes with every piece that the host's program takes.
     fn watch(&mut self, stream: &UnixStream) -> io::Result<u64> {
         use epoll::EventFlags;
         stream.set_nonblocking(true)?;
         let token = self.next_token;
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(&self.epoll, stream, epoll::EventData::new_u64(token), flags)?;
         self.next_token += 1;
         Ok(token)
@@ -196,6 +201,22 @@ impl Muxer {
     fn insert(&mut self, token: u64, connection: Connection) {
         self.by_ports.insert(connection.ports(), token);
         self.connections.insert(token, connection);
+        self.wake(token);
+    }
+
+    /// After anything that happened to a connection: what it waits for is watched, and it has its turn if it has packets.
+    fn settle(&mut self, token: u64) {
+        use epoll::EventFlags;
+        if let Some(connection) = self.connections.get_mut(&token)
+            && let Some(waits) = connection.changes_its_wait()
+        {
+            let room = if waits { EventFlags::OUT } else { EventFlags::empty() };
+            let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET | room;
+            let data = epoll::EventData::new_u64(token);
+            if let Err(error) = epoll::modify(&self.epoll, connection.stream(), data, flags) {
+                return self.end(token, &End::Host(error.into()));
+            }
+        }
         self.wake(token);
     }
 
@@ -247,7 +268,7 @@ impl Muxer {
     fn receive_in(&mut self, token: u64, packet: &Packet, data: Buffers<'_>) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         match connection.receive(packet, data) {
-            Ok(()) => self.wake(token),
+            Ok(()) => self.settle(token),
             // The guest is the one who said so.
             Err(End::Closed) if packet.operation == Operation::Reset => {
                 self.forget(token);

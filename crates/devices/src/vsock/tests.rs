@@ -1,6 +1,7 @@
 //! The device against a guest's driver on one side and real Unix sockets on the other.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use vm_memory::ByteValued;
@@ -137,6 +138,35 @@ fn a_guests_stream_carries_data_both_ways() {
         (PORTS, Operation::Data, &b"from the host"[..])
     );
     assert_eq!(packet.credit.forwarded, 14);
+}
+
+#[test]
+fn nothing_wakes_the_device_when_the_host_takes_what_it_was_sent() {
+    let mut test = Test::new();
+    let mut stream = test.guest_stream();
+    test.send(PORTS, Operation::Data, b"word");
+    test.run();
+    stream.read_exact(&mut [0; 4]).unwrap();
+    let device = test.rig.transport.device();
+    let sources = device.sources();
+    let mut wanted = [rustix::event::PollFd::new(&sources[0], rustix::event::PollFlags::IN)];
+    assert_eq!(rustix::event::poll(&mut wanted, Some(&Default::default())).unwrap(), 0);
+}
+
+#[test]
+fn descriptors_that_come_with_the_hosts_data_do_not_hold_up_what_is_behind() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut test = Test::new();
+    let mut stream = test.guest_stream();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [stream.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    sendmsg(&stream, &[io::IoSlice::new(b"one ")], &mut control, SendFlags::empty()).unwrap();
+    stream.write_all(b"two").unwrap();
+    test.run();
+    let data: Vec<u8> = test.received.iter().flat_map(|(_, data)| data.clone()).collect();
+    assert_eq!(data, b"one two");
 }
 
 #[test]
