@@ -40,6 +40,9 @@ pub const NET_PORT: u16 = 5001;
 /// Where the host answers.
 pub const VSOCK_PORT: u32 = 5002;
 
+/// Begins the line with what a guest could not do.
+pub const FAILED: &str = "the guest failed: ";
+
 const HOST_CID: u32 = 2;
 /// Bytes of one request to the disk, and of one write to a stream.
 const PIECE: usize = 256 << 10;
@@ -65,7 +68,7 @@ pub fn flood() -> ! {
     println!("{}", crate::inside::FIRST);
     // SAFETY: the call lets this process, which is alone in its machine, write to one port, and touches no memory.
     if unsafe { nix::libc::ioperm(SERIAL_PORT.into(), 1, 1) } != 0 {
-        println!("the guest failed: no access to the serial port: {}", io::Error::last_os_error());
+        println!("{FAILED}no access to the serial port: {}", io::Error::last_os_error());
         loop {
             std::thread::park();
         }
@@ -82,7 +85,7 @@ pub fn flood() -> ! {
 /// Does all tasks, says what went wrong, and waits for its end.
 pub fn main() -> ! {
     if let Err(error) = tasks() {
-        println!("the guest failed: {error:#}");
+        println!("{FAILED}{error:#}");
     }
     loop {
         std::thread::park();

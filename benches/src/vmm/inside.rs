@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 
 use crate::memory;
 use crate::monitor::{Monitor, Program};
@@ -39,6 +40,32 @@ pub struct Files {
     pub flood: PathBuf,
 }
 
+/// A part of what is measured, which has a deadline of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Phase {
+    /// Time, exits and memory of a start
+    Starts,
+    /// Time until a snapshot goes on
+    Loads,
+    /// Bytes by disk, network and socket
+    Throughput,
+    /// Many machines at once
+    Crowd,
+}
+
+impl Phase {
+    /// How long it may take with so many runs. In the box, on a quiet machine, a run takes a tenth of that.
+    fn limit(self, runs: usize, machines: usize) -> Duration {
+        let (base, each, times) = match self {
+            Phase::Starts => (60, 120, runs + 1),
+            Phase::Loads => (300, 30, runs + 1),
+            Phase::Throughput => (60, 480, runs),
+            Phase::Crowd => (240, 10, machines),
+        };
+        Duration::from_secs(base + each * times as u64)
+    }
+}
+
 /// What shall be measured.
 #[derive(clap::Args)]
 pub struct Order {
@@ -48,6 +75,8 @@ pub struct Order {
     pub runs: usize,
     #[arg(long)]
     pub machines: usize,
+    #[arg(long, required = true)]
+    pub phase: Vec<Phase>,
 }
 
 impl Order {
@@ -66,6 +95,9 @@ impl Order {
         if let Some(firecracker) = &files.firecracker {
             words.extend(["--firecracker".into(), text(firecracker)]);
         }
+        for name in self.phase.iter().filter_map(ValueEnum::to_possible_value) {
+            words.extend(["--phase".into(), name.get_name().into()]);
+        }
         words
     }
 }
@@ -80,21 +112,37 @@ pub fn main(order: &Order) -> Result<()> {
         "ip link set lo up && { [ -d /sys/kernel/debug/kvm ] || mount -t debugfs debugfs /sys/kernel/debug; }",
     )?;
     let files = &order.files;
-    let mut programs = vec![Program { name: KAPSEL, path: &files.vmm }];
-    if let Some(path) = &files.firecracker {
-        programs.push(Program { name: FIRECRACKER, path });
-    }
+    let begun = Instant::now();
     let mut measures = Measures::default();
-    for program in &programs {
-        let size = std::fs::metadata(program.path)?.len();
-        measures.add(program.name, "program", "MB", size as f64 / 1e6);
+    for (name, path) in [(KAPSEL, Some(&files.vmm)), (FIRECRACKER, files.firecracker.as_ref())] {
+        if let Some(path) = path {
+            measures.add(name, "program", "MB", std::fs::metadata(path)?.len() as f64 / 1e6);
+        }
     }
-    starts(&programs, files, order.runs, &mut measures)?;
-    snapshots::loads(&programs, files, order.runs, &mut measures)?;
-    throughput::measure(&programs, files, order.runs.div_ceil(2), &mut measures)?;
-    snapshots::crowd(&programs, files, order.machines, &mut measures)?;
+    for &phase in &order.phase {
+        let limit = phase.limit(order.runs, order.machines);
+        progress(begun, &format!("{phase:?} begins, and may take {} s", limit.as_secs()));
+        let deadline = Instant::now() + limit;
+        let mut programs = vec![Program { name: KAPSEL, path: &files.vmm, deadline }];
+        if let Some(path) = &files.firecracker {
+            programs.push(Program { name: FIRECRACKER, path, deadline });
+        }
+        match phase {
+            Phase::Starts => starts(&programs, files, order.runs, &mut measures),
+            Phase::Loads => snapshots::loads(&programs, files, order.runs, &mut measures),
+            Phase::Throughput => throughput::measure(&programs, files, order.runs, &mut measures),
+            Phase::Crowd => snapshots::crowd(&programs, files, order.machines, &mut measures),
+        }
+        .with_context(|| format!("measuring {phase:?}"))?;
+    }
+    progress(begun, "all is measured");
     println!("{RESULTS}{}", serde_json::to_string(&measures.finish())?);
     Ok(())
+}
+
+/// What has happened, and when. The results alone are for the standard output.
+fn progress(begun: Instant, what: &str) {
+    eprintln!("{:>4} s: {what}", begun.elapsed().as_secs());
 }
 
 /// What the monitor has to itself a while after the start is what it has then for good.
@@ -106,13 +154,13 @@ fn starts(programs: &[Program<'_>], files: &Files, runs: usize, measures: &mut M
         for program in programs {
             let mut monitor = Monitor::start(program)?;
             monitor.configure(&files.kernel, &files.small, "", SMALL_MIB)?;
-            let begun = std::time::Instant::now();
+            let begun = Instant::now();
             monitor.begin()?;
             let took = monitor.wait(FIRST)? - begun;
             let exits = memory::exits(monitor.id())?;
             std::thread::sleep(SETTLED);
             let beside = memory::beside_guest(monitor.id(), SMALL_MIB)?;
-            println!("{}: {took:?} to the first program, API after {:?}", program.name, monitor.ready);
+            eprintln!("{}: {took:?} to the first program, API after {:?}", program.name, monitor.ready);
             // The first of each is for the caches.
             if run > 0 {
                 let mut add = |name: &str, unit: &str, sample| measures.add(program.name, name, unit, sample);

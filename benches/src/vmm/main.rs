@@ -41,6 +41,9 @@ struct Args {
     /// Count instructions instead of time: exact on a busy machine too. Needs the box
     #[arg(long)]
     counted: bool,
+    /// Measure only this, and write no JSON; may be given several times
+    #[arg(long, value_name = "PHASE")]
+    only: Vec<inside::Phase>,
     /// Folder for the JSON
     #[arg(long, default_value = "benches/results")]
     out: PathBuf,

@@ -12,7 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// How long anything may take.
+use crate::guest::FAILED;
+
+/// How long any one thing may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// So much of a console is kept.
 const KEPT: usize = 1 << 20;
@@ -21,6 +23,8 @@ const KEPT: usize = 1 << 20;
 pub struct Program<'a> {
     pub name: &'static str,
     pub path: &'a Path,
+    /// Until when what is measured now may take.
+    pub deadline: Instant,
 }
 
 /// One of its processes; it ends with its owner.
@@ -30,6 +34,7 @@ pub struct Monitor {
     api: BufReader<UnixStream>,
     pub console: Console,
     pub directory: TempDir,
+    deadline: Instant,
     /// From before the process was started until its API had answered.
     pub ready: Duration,
 }
@@ -71,6 +76,7 @@ impl Monitor {
             api: BufReader::new(stream),
             console: console.clone(),
             directory,
+            deadline: program.deadline,
             ready: Duration::ZERO,
         };
         monitor.ask("GET", "/", &Value::Null)?;
@@ -148,7 +154,7 @@ impl Monitor {
 
     /// Waits for `text` on the console, and says when it was there.
     pub fn wait(&self, text: &str) -> Result<Instant> {
-        self.console.wait(text).with_context(|| self.errors())
+        self.console.wait(text, self.deadline).with_context(|| self.errors())
     }
 }
 
@@ -187,18 +193,19 @@ impl Console {
     }
 
     /// When the end of the first `text` was there; the empty text ends with the first byte.
-    fn wait(&self, text: &str) -> Result<Instant> {
-        let deadline = Instant::now() + PATIENCE;
+    fn wait(&self, text: &str, deadline: Instant) -> Result<Instant> {
+        let deadline = deadline.min(Instant::now() + PATIENCE);
         let mut printed = self.lock();
         loop {
             let at = match text.len() {
                 0 => (!printed.text.is_empty()).then_some(1),
-                length => {
-                    printed.text.windows(length).position(|w| w == text.as_bytes()).map(|at| at + length)
-                }
+                length => find(&printed.text, text).map(|at| at + length),
             };
             if let Some(time) = at.and_then(|at| printed.times.iter().find(|(end, _)| *end >= at)) {
                 return Ok(time.1);
+            }
+            if let Some(at) = find(&printed.text, FAILED) {
+                bail!("{}", String::from_utf8_lossy(&printed.text[at..]).trim());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -208,4 +215,8 @@ impl Console {
                 self.0.1.wait_timeout(printed, left).map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
         }
     }
+}
+
+fn find(printed: &[u8], text: &str) -> Option<usize> {
+    printed.windows(text.len()).position(|window| window == text.as_bytes())
 }

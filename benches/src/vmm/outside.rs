@@ -5,13 +5,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use kapsel_benches::report::{machine, write_json};
 use kapsel_kvmbox::guest::{MODULES, PROGRAM, initramfs};
 use kapsel_kvmbox::{Kernel, KvmBox, native_kvm};
 use serde::Serialize;
 
 use crate::Args;
-use crate::inside::{Files, Order, WORDS};
+use crate::inside::{Files, Order, Phase, WORDS};
 use crate::results::{Measure, RESULTS, print};
 
 /// The longest that everything may take.
@@ -59,14 +60,25 @@ pub fn main(args: &Args) -> Result<()> {
     let line = output.lines().find_map(|line| line.strip_prefix(RESULTS));
     let measures: Vec<Measure> = serde_json::from_str(line.context("there are no results")?)?;
     print(&measures);
+    if !args.only.is_empty() {
+        return Ok(());
+    }
     let report =
         Report { machine: machine(), in_a_box: !native, counted: args.counted, runs: args.runs, measures };
     std::fs::create_dir_all(&args.out)?;
     write_json(&args.out, if args.counted { "vmm-counted" } else { "vmm" }, &report)
 }
 
+fn order(args: &Args, files: Files) -> Order {
+    let phase = match &args.only[..] {
+        [] => Phase::value_variants().to_vec(),
+        only => only.to_vec(),
+    };
+    Order { files, runs: args.runs, machines: args.machines, phase }
+}
+
 fn here(this: &Path, args: &Args, files: Files) -> Result<String> {
-    let order = Order { files, runs: args.runs, machines: args.machines };
+    let order = order(args, files);
     let output = Command::new(this).args(order.words()).stderr(std::process::Stdio::inherit()).output()?;
     ensure!(output.status.success(), "measuring failed: {}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -91,7 +103,7 @@ fn boxed(this: &Path, args: &Args, outside: Files, mut kvm_box: KvmBox) -> Resul
         .file(outside.small, &files.small)
         .file(outside.whole, &files.whole)
         .file(outside.flood, &files.flood);
-    let order = Order { files, runs: args.runs, machines: args.machines };
+    let order = order(args, files);
     let words = order.words();
     let command: Vec<&str> =
         std::iter::once("/bench/bench").chain(words.iter().map(String::as_str)).collect();

@@ -78,7 +78,7 @@ pub fn loads(programs: &[Program<'_>], files: &Files, runs: usize, measures: &mu
             for (program, saved) in programs.iter().zip(&saved) {
                 let (monitor, begun) = saved.load(program)?;
                 let took = monitor.wait("")? - begun;
-                println!("{}: {took:?} to go on with {memory_mib} MiB", program.name);
+                eprintln!("{}: {took:?} to go on with {memory_mib} MiB", program.name);
                 if run > 0 {
                     let name = format!("snapshot load to guest, {memory_mib} MiB");
                     measures.add(program.name, &name, "ms", milliseconds(took));
@@ -101,6 +101,8 @@ pub fn crowd(
     for program in programs {
         let guest = (files.kernel.as_path(), files.small.as_path(), ECHO);
         let saved = Saved::make(program, guest, SMALL_MIB, |monitor| {
+            // What is typed earlier would be in the middle of it.
+            monitor.wait(&format!("{FIRST}\r\n"))?;
             monitor.type_line("ready")?;
             // The terminal's own echo comes first.
             monitor.wait("ready\r\nready\r\n").map(drop)
@@ -108,18 +110,21 @@ pub fn crowd(
         // What the last ones had comes back in its own time.
         std::thread::sleep(Duration::from_secs(2));
         let before = memory::available()?;
-        let mut crowd = Vec::new();
+        let (mut crowd, begun) = (Vec::new(), Instant::now());
         while crowd.len() < machines && memory::available()? > LEFT_KIB {
             let (mut monitor, _) = saved.load(program)?;
             let word = format!("machine {}", crowd.len());
             monitor.type_line(&word)?;
             monitor.wait(&word)?;
             crowd.push(monitor);
+            if crowd.len().is_multiple_of(10) {
+                eprintln!("{}: {} machines after {:?}", program.name, crowd.len(), begun.elapsed());
+            }
         }
         let count = crowd.len() as f64;
         let shares = crowd.iter().map(|monitor| memory::share(monitor.id())).collect::<Result<Vec<_>>>()?;
         let taken = before - memory::available()?;
-        println!("{}: {count} machines at once took {taken} KiB", program.name);
+        eprintln!("{}: {count} machines at once took {taken} KiB", program.name);
         measures.add(program.name, "machines at once", "", count);
         measures.add(program.name, "each one's share of memory", "KiB", shares.iter().sum::<f64>() / count);
         measures.add(program.name, "what the host gave for each", "KiB", taken / count);

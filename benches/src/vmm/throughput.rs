@@ -28,6 +28,7 @@ pub fn measure(programs: &[Program<'_>], files: &Files, runs: usize, measures: &
             let monitor = run(program, files)?;
             let mut rate = |task: &str, name: &str, bytes: usize| -> Result<()> {
                 let took = time(&monitor, task)?;
+                eprintln!("{}: {took:?} for {bytes} bytes ({name})", program.name);
                 measures.add(program.name, name, "MB/s", bytes as f64 / 1e6 / took.as_secs_f64());
                 Ok(())
             };
