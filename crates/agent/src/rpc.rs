@@ -126,6 +126,12 @@ impl Agent for Service {
         Ok(WaitResponse { exit_code: code, exited_at_ns: at_ns, oom, ..Default::default() })
     }
 
+    async fn oom_kills(&self, _: &TtrpcContext, request: OomKillsRequest) -> Result<OomKillsResponse> {
+        let container = self.sandbox.container(&request.id).await?;
+        let kills = container.oom_kills_beyond(request.seen).await?;
+        Ok(OomKillsResponse { kills, ..Default::default() })
+    }
+
     async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> Result<ResizeResponse> {
         let container = self.ordered(&request.id).await?;
         container.started(&request.exec_id)?.resize(cells(request.width), cells(request.height))?;

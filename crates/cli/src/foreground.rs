@@ -110,7 +110,7 @@ impl Foreground<'_> {
         if !AMBIGUOUS.contains(&code) {
             return Ok(code);
         }
-        match self.client.fate().await {
+        match self.client.fate(self.exec_id).await {
             Fate::Ordinary => Ok(code),
             Fate::OutOfMemory(message) => {
                 Failure::worded(&message).warn();

@@ -178,14 +178,14 @@ pub struct State {
     pub exit: Option<ExitStatus>,
 }
 
-/// Why a sandbox ended.
+/// Why a process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// Its container did, or somebody ended it; or it has not ended.
+    /// By itself, or somebody ended it; or it has not ended.
     Ordinary,
-    /// Its container used up its memory; in words.
+    /// The container used up its memory; in words.
     OutOfMemory(String),
-    /// Something that it needs failed; in words.
+    /// Something that the sandbox needs failed; in words.
     Lost(String),
 }
 
@@ -423,10 +423,10 @@ impl Client {
         Ok(reply.processes.iter().map(|process| process.pid).collect())
     }
 
-    /// Why the sandbox of an ended container ended. The Task API has no call for it; but each that needs the guest says why
-    /// there is none.
-    pub async fn fate(&self) -> Fate {
-        match self.pids().await {
+    /// Why a process ended that has: the container's first (`exec_id` empty), with which its sandbox ends, or an added one that is not
+    /// deleted yet. The Task API has no call for it; but each that needs guest or process says why there is none.
+    pub async fn fate(&self, exec_id: &str) -> Fate {
+        match self.resize(exec_id, 0, 0).await {
             Err(Error::Refused { code: Code::RESOURCE_EXHAUSTED, message }) => Fate::OutOfMemory(message),
             Err(Error::Refused { code: Code::ABORTED, message }) => Fate::Lost(message),
             _ => Fate::Ordinary,

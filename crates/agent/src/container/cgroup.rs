@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
+use tokio::io::Interest;
 
 use crate::sys;
 
@@ -20,6 +21,10 @@ use super::limits::Setting;
 
 /// Where cgroup2 is mounted.
 const MOUNT: &str = "/sys/fs/cgroup";
+/// What happened for lack of memory, as counted by the kernel, here and below.
+const EVENTS: &str = "memory.events";
+/// Processes that were killed, in `EVENTS`.
+const OOM_KILL: &str = "oom_kill";
 /// The name of the first cgroup that is asked for.
 pub const FIRST: u64 = 0;
 /// Longest file that is read, in bytes. `cgroup.procs` and `io.stat` are the long ones.
@@ -168,14 +173,32 @@ impl Cgroup {
 
     /// One number of a file of `key value` lines; 0 when it is not there.
     pub fn number(&self, file: &str, key: &str) -> u64 {
-        let content = self.read(file).unwrap_or_default();
-        let value = content.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
-        value.and_then(|v| v.trim().parse().ok()).unwrap_or(0)
+        number(&self.read(file).unwrap_or_default(), key)
     }
 
     /// How many processes the kernel killed for lack of memory, here and below.
     pub fn oom_kills(&self) -> u64 {
-        self.number("memory.events", "oom_kill")
+        self.number(EVENTS, OOM_KILL)
+    }
+
+    /// Waits until there are more of them than `seen`; how many.
+    ///
+    /// # Errors
+    /// Those of open(2), read(2) and epoll(7).
+    pub async fn oom_kills_beyond(&self, seen: u64) -> io::Result<u64> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let events = rustix::fs::openat(&self.dir, EVENTS, flags, Mode::empty())?;
+        let events = sys::in_event_loop(events, Interest::PRIORITY)?;
+        loop {
+            // What happens after a read of the same open file is told as urgent data.
+            let mut content = [0; 512];
+            let length = rustix::io::pread(events.get_ref(), &mut content, 0)?;
+            let kills = number(&String::from_utf8_lossy(&content[..length]), OOM_KILL);
+            if kills > seen {
+                return Ok(kills);
+            }
+            events.ready(Interest::PRIORITY).await?.clear_ready();
+        }
     }
 
     /// The processes, here and below.
@@ -242,6 +265,12 @@ impl Cgroup {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
+}
+
+/// One number of `key value` lines; 0 when it is not there.
+fn number(content: &str, key: &str) -> u64 {
+    let value = content.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    value.and_then(|v| v.trim().parse().ok()).unwrap_or(0)
 }
 
 fn context(doing: &str, path: &CStr, error: Errno) -> io::Error {

@@ -376,6 +376,17 @@ impl Container {
         Ok((exit, self.out_of_memory(exec_id, exit)))
     }
 
+    /// Waits until the kernel has killed more than `seen` processes for lack of memory, or the first process has ended; how many.
+    ///
+    /// # Errors
+    /// When the guest's kernel does not tell.
+    pub async fn oom_kills_beyond(&self, seen: u64) -> Result<u64> {
+        tokio::select! {
+            kills = self.cgroup.oom_kills_beyond(seen) => Ok(kills?),
+            _ = self.init.wait() => Ok(self.cgroup.oom_kills()),
+        }
+    }
+
     fn out_of_memory(&self, exec_id: &str, exit: Exit) -> bool {
         let before = match self.added(exec_id) {
             // Something else in the container may have been killed while this process ran.

@@ -225,6 +225,23 @@ pub async fn memory_is_limited(machine: &Machine) -> Result<()> {
     let done = machine.run_patched("m", &["sh", "-c", "tail /dev/zero"], change).await?;
     ensure!(done.oom && done.code == 137, "{done:?}");
     ensure!(machine.sh("m", "echo fine").await?.stdout == "fine\n", "the guest did not survive");
+    // Whoever waits hears of a process that is killed beside the first, and of the end of the first.
+    sleeper(machine, "w").await?;
+    let limit = json!({ "memory": { "limit": 16 << 20 } }).to_string().into_bytes();
+    let limit = api::UpdateRequest { id: "w".into(), resources: limit, ..Default::default() };
+    machine.agent.update(context(), &limit).await?;
+    let kills = async |seen| {
+        let request = api::OomKillsRequest { id: "w".into(), seen, ..Default::default() };
+        anyhow::Ok(machine.agent.oom_kills(context(), &request).await?.kills)
+    };
+    let greedy = process(&["tail", "/dev/zero"]);
+    let (heard, done) = tokio::join!(kills(0), machine.exec("w", "x", &greedy, b""));
+    ensure!(heard? == 1 && done?.oom, "no word of a killed process");
+    let (heard, killed) = tokio::join!(kills(1), machine.kill("w", "", 9));
+    killed?;
+    ensure!(heard? == 1, "no word of the end");
+    machine.wait("w", "").await?;
+    machine.delete("w", "", false).await?;
     Ok(())
 }
 

@@ -71,8 +71,9 @@ async fn execute(sandbox: &Sandbox, options: &ExecOptions, flags: &Exec) -> Outc
     drop(raw);
     match left? {
         Left::Exited(code) => {
+            let verdict = foreground.verdict(code).await;
             forget(&client, exec_id).await;
-            foreground.verdict(code).await
+            verdict
         }
         Left::Detached => Ok(0),
         Left::GivenUp(code) => Ok(code),

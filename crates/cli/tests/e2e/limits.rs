@@ -18,6 +18,18 @@ fn too_much_memory_ends_with_137_and_is_told() {
 }
 
 #[test]
+fn an_added_process_that_uses_too_much_memory_is_told_of() {
+    let world = world!();
+    let container = world.container("e2e-oom-exec", &["-m", "32m"], &["sleep", "1000"]);
+    let ran = world.run(["exec", container.name, "tail", "/dev/zero"]);
+    assert_eq!(ran.code, 137, "{}", ran.stderr);
+    assert!(ran.stderr.contains("out of memory") && ran.stderr.contains("--memory"), "{}", ran.stderr);
+    let killed = world.run(["exec", container.name, "sh", "-c", "exit 137"]);
+    assert_eq!((killed.code, killed.stderr.as_str()), (137, ""), "that one was not");
+    assert_eq!(world.ok(["exec", container.name, "echo", "fine"]), "fine\n");
+}
+
+#[test]
 fn forks_without_end_hit_the_limit_and_nobody_else() {
     let world = world!();
     // The shell ends when it cannot fork; what it left stays, and so does process 1.

@@ -4,6 +4,7 @@
 //! signal it. It is a child of the command that makes the container, which it outlives. It holds the sandbox by a leash: when it
 //! is killed, so is the sandbox.
 
+mod conmon;
 mod control;
 mod streams;
 mod work;

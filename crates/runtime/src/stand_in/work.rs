@@ -4,7 +4,7 @@ use std::{os::fd::AsFd, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use kapsel_sandbox::{
-    client::{Client, Error as ClientError, ProcessStatus},
+    client::{Client, Error as ClientError, Fate, ProcessStatus},
     engine::{Bundle, Named, Network},
     launch,
     paths::Id,
@@ -18,6 +18,7 @@ use oci_spec::runtime::Spec;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::{
+    conmon,
     control::{Answer, Control, NewContainer, NewProcess},
     streams::{self, Running, Wanted},
 };
@@ -49,7 +50,13 @@ pub fn container(control: &mut Control, order: NewContainer) -> anyhow::Result<u
         control.send(&Answer::Done)?;
         control.close();
         let standing = Standing { client: &sandbox.client, exec_id: "", terminal: order.terminal, signals };
-        Ok(standing.stay(streams::run(streams)?).await)
+        let code = standing.stay(streams::run(streams)?).await;
+        if let Fate::OutOfMemory(_) = sandbox.client.fate("").await
+            && let Err(error) = conmon::tell()
+        {
+            eprintln!("kapsel-runtime: {error:#}");
+        }
+        Ok(code)
         // The leash goes here, when the sandbox has ended anyway.
     })
 }

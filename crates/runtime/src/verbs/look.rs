@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use kapsel_sandbox::client::{Client, Fate};
 use serde_json::json;
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use super::{Call, print, wait};
 use crate::{
@@ -12,6 +13,8 @@ use crate::{
     state::Status,
 };
 
+/// How often `events` looks whether memory ran out. The Task API does not tell; it answers who asks.
+const LOOK: Duration = Duration::from_secs(1);
 /// States in which there are processes.
 const ALIVE: [Status; 3] = [Status::Created, Status::Running, Status::Paused];
 
@@ -61,18 +64,55 @@ impl Call<'_> {
             }
             let exited = client.wait("");
             tokio::pin!(exited);
+            let mut oom = Oom::new(&client, &flags.id).await?;
+            let mut due = interval_at(Instant::now() + interval, interval);
+            let mut look = tokio::time::interval(LOOK);
+            look.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 tokio::select! {
-                    _ = &mut exited => {
-                        if let Fate::OutOfMemory(_) = client.fate().await {
-                            print::line(&json!({ "type": "oom", "id": flags.id }))?;
-                        }
-                        return Ok(());
-                    }
-                    () = tokio::time::sleep(interval) => print::line(&stats(&client, &flags.id).await?)?,
+                    _ = &mut exited => return oom.at_the_end(&client).await,
+                    _ = due.tick() => print::line(&stats(&client, &flags.id).await?)?,
+                    _ = look.tick() => oom.look(&client).await?,
                 }
             }
         })
+    }
+}
+
+/// Tells each time that the guest's kernel has killed for lack of memory.
+struct Oom<'a> {
+    id: &'a str,
+    kills: u64,
+    told: bool,
+}
+
+impl<'a> Oom<'a> {
+    /// What happened before is no news.
+    async fn new(client: &Client, id: &'a str) -> anyhow::Result<Self> {
+        Ok(Self { id, kills: client.stats().await?.memory_events.oom_kill, told: false })
+    }
+
+    async fn look(&mut self, client: &Client) -> anyhow::Result<()> {
+        // One that has ended meanwhile has its end told.
+        let Ok(metrics) = client.stats().await else { return Ok(()) };
+        let kills = metrics.memory_events.oom_kill;
+        if kills > self.kills {
+            self.kills = kills;
+            self.tell()?;
+        }
+        Ok(())
+    }
+
+    async fn at_the_end(mut self, client: &Client) -> anyhow::Result<()> {
+        match client.fate("").await {
+            Fate::OutOfMemory(_) if !self.told => self.tell(),
+            _ => Ok(()),
+        }
+    }
+
+    fn tell(&mut self) -> anyhow::Result<()> {
+        self.told = true;
+        print::line(&json!({ "type": "oom", "id": self.id }))
     }
 }
 

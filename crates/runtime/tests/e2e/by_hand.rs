@@ -96,6 +96,31 @@ fn processes_are_added() {
 }
 
 #[test]
+fn events_tell_when_memory_runs_out() {
+    let engine = world!().engine();
+    engine.bundle("sleep 1000", |spec| {
+        spec["linux"]["resources"]["memory"] = json!({ "limit": 32 << 20 });
+    });
+    engine.create("greedy");
+    engine.ok(&["start", "greedy"]);
+    let told = engine.dir.join("told");
+    let mut events = engine.command(&["events", "--interval", "1h", "greedy"]);
+    let mut events = events.stdout(std::fs::File::create(&told).unwrap()).spawn().unwrap();
+    let lines = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&told).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let oom = json!({ "type": "oom", "id": "greedy" });
+    // What was killed before it looked for the first time is no news: until it has, processes are killed.
+    eventually("it tells of an added process", || {
+        assert_eq!(engine.run(&["exec", "greedy", "busybox", "tail", "/dev/zero"]).code, 137);
+        lines().contains(&oom)
+    });
+    engine.ok(&["delete", "--force", "greedy"]);
+    assert!(events.wait().unwrap().success());
+}
+
+#[test]
 fn signals_reach_it_by_kill_and_by_its_stand_in() {
     let world = world!();
     let engine = world.engine();

@@ -152,6 +152,21 @@ fn limits_volumes_and_what_is_below_a_tmpfs() {
     podman.ok(&["volume", "rm", "kapsel-e2e"]);
 }
 
+#[test]
+fn memory_that_runs_out_is_told() {
+    let world = world!();
+    let Some(podman) = podman(world) else { return };
+    let state = |name: &str| {
+        podman.ok(&["inspect", "--format", "{{.State.OOMKilled}} {{.State.ExitCode}}", name]).trim().to_owned()
+    };
+    let _named = (Named(podman, "greedy"), Named(podman, "modest"));
+    let ran = podman.image(&["--name", "greedy", "--memory", "32m"], &["busybox", "tail", "/dev/zero"]);
+    assert_eq!(ran.code, 137, "{}", ran.stderr);
+    assert_eq!(state("greedy"), "true 137");
+    let ran = podman.image(&["--name", "modest", "--memory", "32m"], &["sh", "-c", "exit 137"]);
+    assert_eq!(state("modest"), "false 137", "{}", ran.stderr);
+}
+
 /// A network namespace in which Podman makes its bridge and its rules, so that nothing of the machine's is touched.
 struct Network {
     podman: &'static Podman,

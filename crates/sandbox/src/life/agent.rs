@@ -155,6 +155,17 @@ impl Agent {
         Ok(Exit { code: reply.exit_code, at: crate::record::now(), oom: reply.oom, reason: None })
     }
 
+    /// Waits, for as long as it takes, until the kernel has killed more than `seen` processes of a container for lack of memory, or
+    /// the container has ended; how many there are.
+    ///
+    /// # Errors
+    /// When there is no such container, or the channel breaks.
+    pub async fn oom_kills(&self, id: &str, seen: u64) -> Result<u64, Error> {
+        let request = api::OomKillsRequest { id: id.into(), seen, ..Default::default() };
+        let waiting = self.client.oom_kills(context::Context::default(), &request);
+        Ok(call("OomKills", Duration::MAX, waiting).await?.kills)
+    }
+
     /// Sends a signal.
     ///
     /// # Errors

@@ -279,10 +279,18 @@ impl Container {
     /// Sets a terminal's size.
     ///
     /// # Errors
-    /// When there is no such process.
+    /// When there is no such process, or it has ended; for lack of memory, if that was why.
     pub async fn resize(&self, exec_id: &str, columns: u32, rows: u32) -> Result<(), Error> {
-        self.process(exec_id)?;
-        self.sandbox()?.guest()?.agent.resize(&self.name, exec_id, columns, rows).await
+        let state = self.process(exec_id)?.state();
+        if matches!(state, State::Exited(Exit { oom: true, .. })) {
+            return Err(Error::OutOfMemory);
+        }
+        let sandbox = self.sandbox()?;
+        let guest = sandbox.guest()?;
+        if matches!(state, State::Exited(_)) {
+            return Err(Error::NotFound("the process has ended".into()));
+        }
+        guest.agent.resize(&self.name, exec_id, columns, rows).await
     }
 
     /// Freezes the container.
@@ -327,6 +335,15 @@ impl Container {
     /// When the guest does not answer.
     pub async fn stats(&self) -> Result<api::StatsResponse, Error> {
         self.sandbox()?.guest()?.agent.stats(&self.name).await
+    }
+
+    /// Waits until the guest's kernel has killed more than `seen` of its processes for lack of memory, or it has ended; how many
+    /// there are.
+    ///
+    /// # Errors
+    /// When the guest does not answer.
+    pub async fn oom_kills(&self, seen: u64) -> Result<u64, Error> {
+        self.sandbox()?.guest()?.agent.oom_kills(&self.name, seen).await
     }
 
     /// Process ids in the guest, with the names of added processes.

@@ -87,6 +87,13 @@ impl Process {
         });
     }
 
+    /// Waits until its program runs, or has ended.
+    pub async fn started(&self) {
+        let begun = |state: &State| matches!(state, State::Running { .. } | State::Exited(_));
+        // The sender lives as long as `self`.
+        let _ = self.state.subscribe().wait_for(begun).await;
+    }
+
     /// Waits for its end. Any number may.
     pub async fn exited(&self) -> Exit {
         let mut states = self.state.subscribe();

@@ -50,7 +50,7 @@ pub enum Event {
     Paused(message::TaskPaused),
     /// It is thawed.
     Resumed(message::TaskResumed),
-    /// It ended since memory ran out.
+    /// A process of it was killed since memory ran out.
     Oom(message::TaskOOM),
 }
 

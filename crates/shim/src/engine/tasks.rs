@@ -37,6 +37,9 @@ use crate::{
 /// How long output may wait for its reader once its container is deleted.
 const UNREAD: Duration = Duration::from_secs(2);
 
+/// Between two events about memory that ran out.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
+
 /// The containers that this process answers for.
 pub struct Tasks {
     host: Host,
@@ -266,15 +269,37 @@ impl Tasks {
 
     /// Tells of the end of a container's first process once those of the others are told.
     async fn tell_end(&self, task: &Task) {
-        let exit = task.container.init.exited().await;
+        let (exit, kills) = tokio::join!(task.container.init.exited(), self.tell_oom(task));
         let added = std::mem::take(&mut *task.added());
         for telling in added {
             let _ = telling.await;
         }
-        if exit.oom {
-            self.tell(&Event::Oom(message::TaskOOM { container_id: task.id.clone(), ..Default::default() }));
+        if exit.oom && kills == 0 {
+            self.tell(&out_of_memory(task));
         }
         self.tell(&exited(task, "", &exit));
+    }
+
+    /// Tells each time that the guest's kernel has killed for lack of memory, until a container ends; how many it has told of. The
+    /// last of them may be told by the end alone.
+    async fn tell_oom(&self, task: &Task) -> u64 {
+        let container = &task.container;
+        container.init.started().await;
+        let mut told = 0;
+        loop {
+            tokio::select! {
+                biased;
+                _ = container.init.exited() => return told,
+                kills = container.oom_kills(told) => match kills {
+                    Ok(kills) if kills > told => told = kills,
+                    // It has ended, or is about to.
+                    _ => return told,
+                },
+            }
+            self.tell(&out_of_memory(task));
+            // A guest may claim this as often as it likes.
+            let _ = tokio::time::timeout(OOM_PAUSE, container.init.exited()).await;
+        }
     }
 
     /// Starts a process, and tells of that and, in time, of its end.
@@ -357,6 +382,10 @@ fn created(request: &api::CreateTaskRequest, pid: u32) -> Event {
         pid,
         ..Default::default()
     })
+}
+
+fn out_of_memory(task: &Task) -> Event {
+    Event::Oom(message::TaskOOM { container_id: task.id.clone(), ..Default::default() })
 }
 
 /// An end; the first process is called as its container.

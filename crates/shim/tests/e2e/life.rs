@@ -1,7 +1,5 @@
 //! A container's life by `ctr`.
 
-use std::process::Stdio;
-
 use crate::world::{IMAGE, SNAPSHOTTER, engine, eventually};
 
 /// Goes on until it is asked to end, and tells by its code that it was asked.
@@ -50,12 +48,7 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
 #[test]
 fn a_server_is_looked_at_paused_and_stopped() {
     let engine = engine!();
-    let mut events = engine.command(&["events"]);
-    let output = engine.dir.join("events");
-    let file = std::fs::File::create(&output).expect("a file");
-    let mut events = events.stdout(file).stderr(Stdio::null()).spawn().expect("ctr starts");
-    // It says nothing until something happens.
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    let (mut events, told) = engine.events();
     engine.detached("web", SERVER);
     let (pid, status) = engine.task("web").expect("a task");
     assert_eq!(status, "RUNNING");
@@ -93,11 +86,6 @@ fn a_server_is_looked_at_paused_and_stopped() {
         "/tasks/exit",
         "/tasks/delete",
     ];
-    let told = || {
-        let text = std::fs::read_to_string(&output).unwrap_or_default();
-        let words = text.split_whitespace().filter(|word| word.starts_with("/tasks/"));
-        words.map(str::to_owned).collect::<Vec<_>>()
-    };
     eventually(&format!("all events: {:?}", told()), || told() == expected);
     events.kill().expect("a process");
     events.wait().expect("a child");
@@ -120,17 +108,26 @@ fn a_running_one_is_not_deleted_but_by_force() {
 #[test]
 fn memory_that_runs_out_is_told() {
     let engine = engine!();
-    let mut events = engine.command(&["events"]);
-    let output = engine.dir.join("events");
-    let file = std::fs::File::create(&output).expect("a file");
-    let mut events = events.stdout(file).stderr(Stdio::null()).spawn().expect("ctr starts");
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    let big = "type=tmpfs,src=tmpfs,dst=/big,options=size=100m";
-    let flags = ["--rm", "--memory-limit", "50331648", "--mount", big];
-    let ran = engine.run(&engine.args(&flags, "c1", &["sh", "-c", "cat /dev/zero > /big/x"]));
+    let (mut events, told) = engine.events();
+    let limit = ["--memory-limit", "33554432"];
+    let greedy = ["busybox", "tail", "/dev/zero"];
+    let ran = engine.run(&engine.args(&[&["--rm"], &limit[..]].concat(), "c1", &greedy));
     assert_eq!(ran.code, 137, "{}", ran.stderr);
-    let told = || std::fs::read_to_string(&output).unwrap_or_default().contains("/tasks/oom");
-    eventually("the event", told);
+    let expected = ["create", "start", "oom", "exit", "delete"].map(|topic| format!("/tasks/{topic}"));
+    eventually(&format!("the events, in order: {:?}", told()), || told() == expected);
+
+    // One that a process of its own is killed in goes on.
+    engine.ok(&engine.args(&[&["-d"], &limit[..]].concat(), "c2", &["sh", "-c", SERVER]));
+    let ran = engine.run(&[&["task", "exec", "--exec-id", "e1", "c2"], &greedy[..]].concat());
+    assert_eq!(ran.code, 137, "{}", ran.stderr);
+    let after = || told().into_iter().skip(expected.len()).collect::<Vec<_>>();
+    eventually("the event", || after().iter().any(|topic| topic == "/tasks/oom"));
+    assert_eq!(engine.task("c2").expect("a task").1, "RUNNING");
+    engine.ok(&["task", "kill", "c2"]);
+    engine.becomes("c2", "STOPPED");
+    assert_eq!(engine.remove("c2"), 4);
+    eventually("the last event", || after().last().is_some_and(|topic| topic == "/tasks/delete"));
+    assert_eq!(after().iter().filter(|topic| *topic == "/tasks/oom").count(), 1, "{:?}", after());
     events.kill().expect("a process");
     events.wait().expect("a child");
 }

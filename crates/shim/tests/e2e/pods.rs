@@ -241,6 +241,13 @@ fn containers_end_and_begin_anew_while_the_pod_goes_on() {
     });
     let error = missing.expect_err("no such program").message().to_owned();
     assert!(error.contains("nosuch"), "{error}");
+    let mut greedy = pod.container("greedy", "tail /dev/zero");
+    greedy.linux.get_or_insert_default().resources = Some(Resources { memory: 16 << 20 });
+    let greedy = pod.start(greedy);
+    eventually("it has ended", || pod.container_status(&greedy).state == EXITED);
+    let status = pod.container_status(&greedy);
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    assert_eq!(pod.container_status(&stays).state, RUNNING);
     pod.remove();
     engine.nothing_is_left();
 }

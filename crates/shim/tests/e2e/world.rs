@@ -310,6 +310,21 @@ impl Engine {
         command
     }
 
+    /// `ctr events`, and the topics that it has told of so far.
+    pub fn events(&self) -> (Child, impl Fn() -> Vec<String> + use<>) {
+        let output = self.dir.join("events");
+        let file = fs::File::create(&output).expect("a file");
+        let events = self.command(&["events"]).stdout(file).stderr(Stdio::null()).spawn();
+        // It says nothing until something happens.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let told = move || {
+            let text = fs::read_to_string(&output).unwrap_or_default();
+            let words = text.split_whitespace().filter(|word| word.starts_with("/tasks/"));
+            words.map(str::to_owned).collect()
+        };
+        (events.expect("ctr starts"), told)
+    }
+
     /// Calls ctr to its end.
     pub fn run(&self, args: &[&str]) -> Ran {
         finish(&mut self.command(args))
