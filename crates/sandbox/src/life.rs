@@ -20,6 +20,7 @@ mod resources;
 mod shares;
 mod start;
 mod tree;
+mod update;
 
 use std::{
     collections::HashMap,
@@ -152,7 +153,7 @@ impl Sandbox {
             Err(error) => return Err(error.into()),
         };
         Ok(Arc::new_cyclic(|sandbox| Self {
-            main: Container::main(sandbox.clone(), template::CONTAINER),
+            main: Container::main(sandbox.clone(), template::CONTAINER, &spec),
             members: Mutex::default(),
             paths,
             config,

@@ -169,7 +169,7 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<api::Empty> {
         let container = self.container(&request.id)?.clone();
         let resources = request.resources.into_option().unwrap_or_default().value;
-        to_the_end(async move { container.update(resources).await }).await?;
+        to_the_end(async move { container.update(&resources).await }).await?;
         Ok(api::Empty::default())
     }
 

@@ -1,15 +1,13 @@
 //! `update`.
 
 use anyhow::bail;
-use kapsel_sandbox::cgroup;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
 use super::{Call, read_json, wait};
 use crate::{args, state::Status};
 
 impl Call<'_> {
-    /// `update`: the limits of the guest's cgroup, and of the host's around it. The machine stays as large as it is, and so does
-    /// the limit of its memory.
+    /// `update`: the limits of the guest's cgroup, and of the host's around it.
     pub fn update(&self, flags: &args::Update) -> anyhow::Result<()> {
         let container =
             self.container_in(&flags.id, &[Status::Created, Status::Running, Status::Paused], "update")?;
@@ -23,21 +21,7 @@ impl Call<'_> {
         if resources == LinuxResources::default() {
             bail!("nothing to change; give --resources FILE or a limit");
         }
-        let limits = cgroup::engine_limits(&resources, None);
-        let named = container.cgroup();
-        if cgroup::take_hosts(&mut resources) && named.is_none() {
-            bail!(
-                "processors of the host cannot be chosen: container {:?} has no linux.cgroupsPath",
-                flags.id
-            );
-        }
-        if resources != LinuxResources::default() {
-            wait(async { Ok(self.connect(&container).await?.update(&resources).await?) })?;
-        }
-        if let Some(named) = named {
-            named.limited(&limits)?;
-        }
-        Ok(())
+        wait(async { Ok(self.connect(&container).await?.update(&resources).await?) })
     }
 }
 

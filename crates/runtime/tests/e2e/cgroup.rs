@@ -109,6 +109,24 @@ fn all_of_a_sandbox_is_in_it_and_bounded() {
     assert!(quota.starts_with("125000"), "{quota}");
     assert_eq!(cgroup.read(&["pids.max"]), (512 + 8 * 40).to_string());
 
+    // Memory changes inside: outside is what the machine may have at all. Beyond that nothing is promised, and nothing changed.
+    let limit = || {
+        let stats: Value = serde_json::from_str(&engine.ok(&["events", "--stats", "cgroup"])).unwrap();
+        stats["data"]["memory"]["usage"]["limit"].clone()
+    };
+    for mib in [100, 48, 64] {
+        engine.ok(&["update", "--memory", &(mib << 20).to_string(), "cgroup"]);
+        assert_eq!(limit(), mib << 20);
+    }
+    let beyond = [["--memory", "1099511627776"], ["--cpu-quota", "6500000"]];
+    for [flag, value] in beyond {
+        let ran = engine.run(&["update", flag, value, "--pids-limit", "41", "cgroup"]);
+        assert!(ran.code != 0 && ran.stderr.contains("does not grow"), "{flag}: {}", ran.stderr);
+    }
+    assert_eq!(limit(), 64 << 20);
+    assert!(cgroup.read(&["cpu.cfs_quota_us", "cpu.max"]).starts_with("125000"));
+    assert_eq!(cgroup.read(&["pids.max"]), (512 + 8 * 40).to_string());
+
     // What is added is in it too, on this side as well.
     let mut exec = engine.command(&["exec", "--pid-file", "exec-pid", "cgroup", "sleep", "1000"]);
     let mut exec = exec.current_dir(&engine.dir).spawn().expect("it starts");

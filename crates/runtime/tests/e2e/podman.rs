@@ -157,7 +157,10 @@ fn memory_that_runs_out_is_told() {
     let world = world!();
     let Some(podman) = podman(world) else { return };
     let state = |name: &str| {
-        podman.ok(&["inspect", "--format", "{{.State.OOMKilled}} {{.State.ExitCode}}", name]).trim().to_owned()
+        podman
+            .ok(&["inspect", "--format", "{{.State.OOMKilled}} {{.State.ExitCode}}", name])
+            .trim()
+            .to_owned()
     };
     let _named = (Named(podman, "greedy"), Named(podman, "modest"));
     let ran = podman.image(&["--name", "greedy", "--memory", "32m"], &["busybox", "tail", "/dev/zero"]);

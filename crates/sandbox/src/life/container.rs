@@ -9,9 +9,11 @@ use std::{
 };
 
 use kapsel_protocol::{api, limits};
-use oci_spec::runtime::Process as OciProcess;
+use oci_spec::runtime::{Process as OciProcess, Spec};
 
-use super::{Cause, Error, Guest, IoRequest, Later, Process, Sandbox, State, Wanted, end, lock, size};
+use super::{
+    Cause, Error, Guest, IoRequest, Later, Process, Sandbox, State, Wanted, end, lock, size, update::Share,
+};
 use crate::{
     record::{Exit, Status},
     seccomp,
@@ -28,7 +30,7 @@ pub struct Container {
     /// Its name in the guest.
     pub(super) name: String,
     sandbox: Weak<Sandbox>,
-    main: bool,
+    pub(super) main: bool,
     /// The process that it begins with.
     pub init: Arc<Process>,
     pub(super) execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -39,20 +41,22 @@ pub struct Container {
     pub(super) pid: OnceLock<u32>,
     /// Places of the [pod's directory](super::tree) that it uses.
     pub(super) places: Mutex<Vec<u32>>,
+    /// What it may have of the machine.
+    pub(super) share: Mutex<Share>,
 }
 
 impl Container {
     /// The one that a sandbox lives and dies with.
-    pub(super) fn main(sandbox: Weak<Sandbox>, name: &str) -> Arc<Self> {
-        Self::new(sandbox, name, true)
+    pub(super) fn main(sandbox: Weak<Sandbox>, name: &str, spec: &Spec) -> Arc<Self> {
+        Self::new(sandbox, name, spec, true)
     }
 
     /// One that is added to a sandbox.
-    pub(super) fn added(sandbox: Weak<Sandbox>, name: &str) -> Arc<Self> {
-        Self::new(sandbox, name, false)
+    pub(super) fn added(sandbox: Weak<Sandbox>, name: &str, spec: &Spec) -> Arc<Self> {
+        Self::new(sandbox, name, spec, false)
     }
 
-    fn new(sandbox: Weak<Sandbox>, name: &str, main: bool) -> Arc<Self> {
+    fn new(sandbox: Weak<Sandbox>, name: &str, spec: &Spec, main: bool) -> Arc<Self> {
         Arc::new(Self {
             name: name.into(),
             sandbox,
@@ -63,6 +67,7 @@ impl Container {
             first: Mutex::default(),
             pid: OnceLock::new(),
             places: Mutex::default(),
+            share: Mutex::new(Share::of(spec)),
         })
     }
 
@@ -319,14 +324,6 @@ impl Container {
             sandbox.note(|record| record.status = Status::Running);
         }
         Ok(())
-    }
-
-    /// Changes limits; `resources` is OCI JSON.
-    ///
-    /// # Errors
-    /// When the guest cannot follow.
-    pub async fn update(&self, resources: Vec<u8>) -> Result<(), Error> {
-        self.sandbox()?.guest()?.agent.update(&self.name, resources).await
     }
 
     /// What the container uses.

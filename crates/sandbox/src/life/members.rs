@@ -54,7 +54,7 @@ impl Sandbox {
             }
             members.insert(name.clone(), None);
         }
-        let container = Container::added(Arc::downgrade(self), name);
+        let container = Container::added(Arc::downgrade(self), name, &member.spec);
         let made = self.make(&container, &member).await;
         let mut members = lock(&self.members);
         match made {

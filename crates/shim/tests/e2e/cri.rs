@@ -161,6 +161,17 @@ pub struct LinuxContainer {
 pub struct Resources {
     #[prost(int64, tag = "4")]
     pub memory: i64,
+    #[prost(string, tag = "6")]
+    pub cpus: String,
+}
+
+/// UpdateContainerResourcesRequest.
+#[derive(Clone, PartialEq, Message)]
+pub struct UpdateContainer {
+    #[prost(string, tag = "1")]
+    pub id: String,
+    #[prost(message, optional, tag = "2")]
+    pub linux: Option<Resources>,
 }
 
 /// LinuxContainerSecurityContext.

@@ -8,6 +8,7 @@ use crate::{
         ContainerStatusResponse, CreateContainer, Dns, EXITED, ExecSync, Executed, Image, LinuxContainer,
         LinuxPod, Mount, NODE, Named, Namespaces, Nothing, POD, PodConfig, PodMetadata, PodSecurity,
         PodStatus, PodStatusResponse, RUNNING, Resources, RunPod, Stats, StatsResponse, StopContainer,
+        UpdateContainer,
     },
     world::{Engine, IMAGE, eventually, pods},
 };
@@ -114,6 +115,11 @@ impl<'a> Pod<'a> {
         status.expect("a status").status.expect("a status")
     }
 
+    fn update(&self, id: &str, resources: Resources) -> Result<Nothing, tonic::Status> {
+        let request = UpdateContainer { id: id.into(), linux: Some(resources) };
+        self.cri.call("UpdateContainerResources", request)
+    }
+
     fn stats(&self, id: &str) -> Stats {
         let stats = self.cri.call::<StatsResponse>("ContainerStats", Named { id: id.into() });
         stats.expect("stats").stats.expect("stats")
@@ -161,7 +167,8 @@ fn two_containers_are_neighbours_in_one_machine() {
     let server = pod.start(config);
     let mut config = pod.container("client", WAIT);
     config.mounts = vec![mount(&volume, "/seen", true), mount(&secret, "/var/run/secrets", true)];
-    config.linux.get_or_insert_default().resources = Some(Resources { memory: 64 << 20 });
+    config.linux.get_or_insert_default().resources =
+        Some(Resources { memory: 64 << 20, ..Default::default() });
     let client = pod.start(config);
     assert_eq!(engine.shims().len(), 1, "one shim, and one machine, for the pod");
 
@@ -197,6 +204,13 @@ fn two_containers_are_neighbours_in_one_machine() {
     assert!(stats.cpu.and_then(|cpu| cpu.nanoseconds).is_some_and(|n| n.value > 0));
     let memory = stats.memory.and_then(|memory| memory.working_set).map_or(0, |n| n.value);
     assert!((1..64 << 20).contains(&memory), "{memory}");
+
+    // As the kubelet resizes, and pins to processors, which are the host's.
+    pod.update(&client, Resources { memory: 80 << 20, cpus: "0".into() }).expect("an update");
+    assert_eq!(pod.says(&client, "cat /sys/fs/cgroup/memory.max"), (80 << 20).to_string());
+    let refused = pod.update(&client, Resources { memory: 1 << 40, ..Default::default() });
+    let error = refused.expect_err("more than the machine has").message().to_owned();
+    assert!(error.contains("does not grow"), "{error}");
 
     pod.remove();
     engine.nothing_is_left();
@@ -242,7 +256,8 @@ fn containers_end_and_begin_anew_while_the_pod_goes_on() {
     let error = missing.expect_err("no such program").message().to_owned();
     assert!(error.contains("nosuch"), "{error}");
     let mut greedy = pod.container("greedy", "tail /dev/zero");
-    greedy.linux.get_or_insert_default().resources = Some(Resources { memory: 16 << 20 });
+    greedy.linux.get_or_insert_default().resources =
+        Some(Resources { memory: 16 << 20, ..Default::default() });
     let greedy = pod.start(greedy);
     eventually("it has ended", || pod.container_status(&greedy).state == EXITED);
     let status = pod.container_status(&greedy);
