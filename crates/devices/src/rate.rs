@@ -82,6 +82,27 @@ fn nanoseconds(count: u128) -> Duration {
     Duration::from_nanos(u64::try_from(count).unwrap_or(u64::MAX))
 }
 
+/// A bucket for what is lost when it has to wait.
+#[derive(Debug)]
+pub struct Meter(Bucket);
+
+impl Meter {
+    /// A full bucket; none when it could never give anything or never be empty.
+    pub fn new(limit: Limit) -> Option<Self> {
+        Bucket::new(limit, Instant::now()).map(Meter)
+    }
+
+    /// Takes so many tokens, if they are there.
+    pub fn takes(&mut self, count: u64) -> bool {
+        self.0.refill(Instant::now());
+        let there = self.0.wait(count).is_zero();
+        if there {
+            self.0.take(count);
+        }
+        there
+    }
+}
+
 /// Lets requests pass at a limited rate.
 #[derive(Debug)]
 pub struct Limiter {

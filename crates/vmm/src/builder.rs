@@ -23,10 +23,12 @@ use crate::keyboard::Keyboard;
 use crate::machine::{Handles, Hardware, Machine};
 use crate::memory;
 use crate::mmds;
+use crate::serial::Output;
 use crate::snapshot::{self, Saved, format::State};
 use crate::vcpu::Processors;
 use crate::x86::acpi::{self, Place};
 use crate::x86::state::{MachineState, ProcessorState};
+use crate::x86::template::{self, Template};
 use crate::x86::{self, boot, cpuid, layout, processor};
 
 /// Why a machine cannot be built.
@@ -38,6 +40,9 @@ pub enum Error {
     /// KVM is too old or too small.
     #[error("KVM cannot do {0:?}, which every machine needs")]
     Capability(Cap),
+    /// As a CPU template wants.
+    #[error("KVM cannot do {0}, which the CPU template asks for")]
+    TemplateCapability(u32),
     /// A request to KVM failed.
     #[error("KVM refused to {0}: {1}")]
     Kvm(&'static str, kvm_ioctls::Error),
@@ -65,6 +70,17 @@ pub enum Error {
     /// A processor's first state.
     #[error(transparent)]
     Processor(#[from] processor::Error),
+    /// The serial console's output.
+    #[error("cannot open the serial console's output {path}: {source}")]
+    Serial {
+        /// Where it should go.
+        path: std::path::PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A CPU template.
+    #[error(transparent)]
+    Template(#[from] template::Error),
     /// A thread's filter.
     #[error(transparent)]
     Confine(#[from] confine::Error),
@@ -99,11 +115,7 @@ pub struct Surroundings {
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind but the socket of a socket device.
-pub fn build(
-    config: &Config,
-    output: Box<dyn io::Write + Send>,
-    surroundings: &Surroundings,
-) -> Result<Machine, Error> {
+pub fn build(config: &Config, output: Output, surroundings: &Surroundings) -> Result<Machine, Error> {
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
     let machine = &config.machine_config;
     let memory = memory::allocate(machine.mem_size_mib, machine.huge_pages, machine.track_dirty_pages)?;
@@ -118,7 +130,7 @@ pub fn build(
     acpi::write(memory, config.machine_config.vcpu_count, &parts.places)?;
     write_generation(memory)?;
 
-    describe_processors(&parts.kvm, &parts.vcpus)?;
+    describe_processors(&parts)?;
     if let Some(first) = parts.vcpus.first() {
         processor::point_at(first, memory, &kernel)?;
     }
@@ -131,7 +143,7 @@ pub fn build(
 /// [`snapshot::Error`]; as for [`build`].
 pub fn restore(
     load: &snapshot::Load,
-    output: Box<dyn io::Write + Send>,
+    output: Output,
     surroundings: &Surroundings,
 ) -> Result<(Config, Machine), snapshot::Error> {
     let state = State::read(&load.snapshot_path)?;
@@ -178,6 +190,7 @@ struct Parts {
     vcpus: Vec<VcpuFd>,
     vm: VmFd,
     memory: Memory,
+    template: Template,
 }
 
 impl Parts {
@@ -188,7 +201,9 @@ impl Parts {
         console: impl FnOnce(EventFd, EventFd) -> Result<Console, Error>,
         surroundings: &Surroundings,
     ) -> Result<Self, Error> {
-        let kvm = open_kvm()?;
+        let template = config.cpu_config.as_ref().map(template::Source::template).transpose()?;
+        let template = template.unwrap_or_default().into_owned();
+        let kvm = open_kvm(&template)?;
         let vm = create_vm(&kvm, &memory)?;
         let drained = event()?;
         let console = console(line(&vm, layout::SERIAL_GSI)?, drained.try_clone()?)?;
@@ -212,13 +227,16 @@ impl Parts {
             .map(|cpu| vm.create_vcpu(cpu.into()).map_err(|e| Error::Kvm("create a processor", e)))
             .collect::<Result<_, _>>()?;
         let calls = confine::machine(&calls);
-        Ok(Parts { kvm, bus, places, handles, calls, drained, vcpus, vm, memory })
+        Ok(Parts { kvm, bus, places, handles, calls, drained, vcpus, vm, memory, template })
     }
 
     /// Gives each processor its thread. They wait.
     fn start(self, surroundings: &Surroundings) -> Result<Machine, Error> {
         let policy = &surroundings.policy;
-        let msrs = x86::state::msr_indices(&self.kvm)?;
+        let mut msrs = x86::state::msr_indices(&self.kvm)?;
+        msrs.extend(self.template.msrs());
+        msrs.sort_unstable();
+        msrs.dedup();
         let filter = policy.filter(Thread::Processor, &self.calls.processor)?;
         let processors = Processors::start(self.vcpus, &self.bus, &filter)?;
         let filter = policy.filter(Thread::EventLoop, &self.calls.event_loop)?;
@@ -245,13 +263,18 @@ fn write_generation(memory: &Memory) -> Result<(), Error> {
     written.map_err(|error| Error::Host(io::Error::other(error)))
 }
 
-fn open_kvm() -> Result<Kvm, Error> {
+fn open_kvm(template: &Template) -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(Error::NoKvm)?;
     for capability in
         [Cap::Irqchip, Cap::Irqfd, Cap::Ioeventfd, Cap::UserMemory, Cap::SetTssAddr, Cap::ExtCpuid]
     {
-        if !kvm.check_extension(capability) {
+        if template.needs(capability as u32, true) && !kvm.check_extension(capability) {
             return Err(Error::Capability(capability));
+        }
+    }
+    for number in template.kvm_capabilities.iter().map(|capability| capability.number) {
+        if template.needs(number, false) && kvm.check_extension_raw(number.into()) <= 0 {
+            return Err(Error::TemplateCapability(number));
         }
     }
     Ok(kvm)
@@ -382,14 +405,16 @@ impl Slots<'_> {
     }
 }
 
-fn describe_processors(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), Error> {
-    let supported = kvm
+fn describe_processors(Parts { kvm, vcpus, template, .. }: &Parts) -> Result<(), Error> {
+    let mut supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|e| Error::Kvm("describe the processor", e))?;
+    template.change(&mut supported)?;
     for (cpu, vcpu) in vcpus.iter().enumerate() {
         let position = cpuid::Position { cpu: cpu as u8, cpus: vcpus.len() as u8 };
         let answers = cpuid::for_processor(&supported, position);
         vcpu.set_cpuid2(&answers).map_err(|e| Error::Kvm("take a processor's description", e))?;
+        template.change_msrs(vcpu)?;
         processor::configure(vcpu)?;
     }
     Ok(())

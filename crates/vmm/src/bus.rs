@@ -203,7 +203,7 @@ mod tests {
     fn bus() -> Bus {
         let memory = kapsel_devices::Memory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let slot = Transport::new(Rng::new(Limits::default()).unwrap(), memory, event()).unwrap();
-        let console = Console::new(event(), event(), Box::new(std::io::sink()));
+        let console = Console::new(event(), event(), crate::serial::Output::nowhere());
         let slots: Vec<SharedSlot> = vec![Arc::new(Mutex::new(slot))];
         Bus {
             console: Mutex::new(console),

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::mac::Mac;
 use crate::memory::HugePages;
-use crate::{log, metrics, mmds};
+use crate::x86::template;
+use crate::{log, metrics, mmds, serial};
 
 /// Most processors of a machine.
 pub const CPUS_MAX: u8 = 32;
@@ -55,6 +56,12 @@ pub struct Config {
     /// The metadata service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mmds_config: Option<mmds::Config>,
+    /// Changes to the processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<template::Source>,
+    /// The serial console's output. As with Firecracker it can be set through the API alone, and is in no snapshot.
+    #[serde(skip)]
+    pub serial: serial::Settings,
     /// The log.
     #[serde(default, skip_serializing)]
     pub logger: Option<log::Settings>,
@@ -191,14 +198,19 @@ pub struct TokenBucket {
     pub refill_time: u64,
 }
 
-impl From<RateLimiter> for Limits {
-    fn from(limiter: RateLimiter) -> Self {
-        let limit = |bucket: TokenBucket| Limit {
+impl From<TokenBucket> for Limit {
+    fn from(bucket: TokenBucket) -> Self {
+        Limit {
             size: bucket.size,
             burst: bucket.one_time_burst.unwrap_or(0),
             refill: Duration::from_millis(bucket.refill_time),
-        };
-        Limits { bandwidth: limiter.bandwidth.map(limit), operations: limiter.ops.map(limit) }
+        }
+    }
+}
+
+impl From<RateLimiter> for Limits {
+    fn from(limiter: RateLimiter) -> Self {
+        Limits { bandwidth: limiter.bandwidth.map(Limit::from), operations: limiter.ops.map(Limit::from) }
     }
 }
 

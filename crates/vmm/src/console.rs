@@ -1,11 +1,13 @@
 //! The serial port (a 16550): the guest's output goes to the monitor's, and what is typed goes to the guest.
 
-use std::io::{self, Write};
+use std::io;
 
 use kapsel_devices::state::{Reader, StateError, Writer};
 use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::serial::Output;
 
 /// The port's interrupt.
 struct Line(EventFd);
@@ -32,11 +34,11 @@ impl SerialEvents for Drained {
 }
 
 /// The serial port.
-pub struct Console(Serial<Line, Drained, Box<dyn Write + Send>>);
+pub struct Console(Serial<Line, Drained, Output>);
 
 impl Console {
     /// A port with the interrupt `line`, which signals `drained` when there is room for all of its input again.
-    pub fn new(line: EventFd, drained: EventFd, output: Box<dyn Write + Send>) -> Self {
+    pub fn new(line: EventFd, drained: EventFd, output: Output) -> Self {
         Console(Serial::with_events(Line(line), Drained(drained), output))
     }
 
@@ -47,7 +49,7 @@ impl Console {
     pub fn restored(
         line: EventFd,
         drained: EventFd,
-        output: Box<dyn Write + Send>,
+        output: Output,
         state: &[u8],
     ) -> Result<Self, StateError> {
         let mut reader = Reader::new(state);
@@ -111,6 +113,11 @@ impl Console {
         }
     }
 
+    /// How many bytes of output were lost because they were too many.
+    pub fn dropped(&self) -> u64 {
+        self.0.writer().dropped()
+    }
+
     /// How many bytes of input there is room for.
     pub fn room(&self) -> usize {
         self.0.fifo_capacity()
@@ -136,11 +143,11 @@ mod tests {
         const WHEN_EMPTY: u8 = 2;
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         for (enabled, waits) in [(0, false), (WHEN_EMPTY, true)] {
-            let mut console = Console::new(event(), event(), Box::new(io::sink()));
+            let mut console = Console::new(event(), event(), Output::nowhere());
             console.write(INTERRUPT_ENABLE, enabled);
             let line = event();
             let restored =
-                Console::restored(line.try_clone().unwrap(), event(), Box::new(io::sink()), &console.save());
+                Console::restored(line.try_clone().unwrap(), event(), Output::nowhere(), &console.save());
             // What is raised so early is lost.
             let _ = line.read();
             restored.unwrap().go_on();

@@ -26,6 +26,7 @@ use crate::console::Console;
 use crate::kernel::{self, Initrd};
 use crate::keyboard::Keyboard;
 use crate::mmds;
+use crate::serial::Output;
 use crate::snapshot::{self, Saved, format::State};
 use crate::x86::boot;
 use crate::x86::state::{MachineState, ProcessorState};
@@ -69,7 +70,7 @@ fn messages(data: &[u8], piece: usize) -> Vec<Message> {
     for piece in data.chunks(piece) {
         received.extend_from_slice(piece);
         loop {
-            match http::parse(&received) {
+            match http::parse(&received, http::BODY_MAX) {
                 Ok(Progress::Incomplete { .. }) => break,
                 Ok(Progress::Complete(message, used)) => {
                     received.drain(..used);
@@ -108,7 +109,7 @@ pub fn fuzz_state(data: &[u8]) {
     }
     let Ok((memory, disk)) = parts() else { return };
     let line = || EventFd::new(EFD_NONBLOCK).expect("the host has descriptors");
-    if let Ok(mut console) = Console::restored(line(), line(), Box::new(io::sink()), saved.console) {
+    if let Ok(mut console) = Console::restored(line(), line(), Output::nowhere(), saved.console) {
         console.input(b"x");
         for register in 0..8 {
             let value = console.read(register);
@@ -384,7 +385,7 @@ mod tests {
         cpu.raw(&[0; size_of::<kvm_vcpu_events>()]);
         sections.add("cpu", &cpu.finish());
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-        sections.add("console", &Console::new(event(), event(), Box::new(io::sink())).save());
+        sections.add("console", &Console::new(event(), event(), Output::nowhere()).save());
         sections.add("keyboard", &Keyboard::new(event()).save());
         for mut device in devices(&memory, &disk) {
             bring_up(device.as_mut());

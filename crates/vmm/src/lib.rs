@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod serial;
 pub mod snapshot;
 mod vcpu;
 pub mod x86;

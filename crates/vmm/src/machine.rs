@@ -236,6 +236,8 @@ impl Machine {
                 }
             }
         }
+        let dropped = lock(&self.bus.console).dropped();
+        counters.push((("uart".to_owned(), "rate_limiter_dropped_bytes"), dropped));
         let mmds = lock(&self.mmds).counters();
         counters.extend(mmds.map(|(name, count)| (("mmds".to_owned(), name), count)));
         self.metrics.flush(counters)

@@ -18,7 +18,7 @@ use kapsel_vmm::config::Config;
 use kapsel_vmm::confine::{self, Policy, Thread};
 use kapsel_vmm::machine::{End, Machine};
 use kapsel_vmm::metrics::{Metrics, Startup};
-use kapsel_vmm::{log, metrics, mmds, snapshot};
+use kapsel_vmm::{log, metrics, mmds, serial, snapshot};
 use options::{Command, Options};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -101,7 +101,8 @@ fn run(options: &Options) -> Result<ExitCode> {
     let mmds = options.mmds()?;
     let surroundings = Surroundings { policy: options.policy()?, mmds: mmds.clone(), boot_timer };
     let filter = surroundings.policy.filter(Thread::Api, &confine::api())?;
-    let server = (!options.no_api).then(|| Server::start(&options.api_sock, filter)).transpose();
+    let server =
+        (!options.no_api).then(|| Server::start(&options.api_sock, options.payload_max, filter)).transpose();
     let server = server.with_context(|| format!("cannot listen at {}", options.api_sock.display()))?;
     let builder = ConsoleBuilder(surroundings);
     let metrics = options.metrics()?;
@@ -128,17 +129,29 @@ fn run(options: &Options) -> Result<ExitCode> {
     }
 }
 
-/// Makes machines whose console is the monitor's own.
+/// Makes machines whose console is the monitor's own, or goes where the API says.
 struct ConsoleBuilder(Surroundings);
 
 impl Builder for ConsoleBuilder {
     fn build(&self, config: &Config) -> Result<Machine, builder::Error> {
-        builder::build(config, Box::new(io::stdout()), &self.0)
+        builder::build(config, output(&config.serial)?, &self.0)
     }
 
-    fn restore(&self, load: &snapshot::Load) -> Result<(Config, Machine), snapshot::Error> {
-        builder::restore(load, Box::new(io::stdout()), &self.0)
+    fn restore(
+        &self,
+        load: &snapshot::Load,
+        serial: &serial::Settings,
+    ) -> Result<(Config, Machine), snapshot::Error> {
+        builder::restore(load, output(serial).map_err(Box::new)?, &self.0)
     }
+}
+
+/// Opens what the guest's console is written to.
+fn output(settings: &serial::Settings) -> Result<serial::Output, builder::Error> {
+    serial::Output::open(settings).map_err(|source| {
+        let path = settings.serial_out_path.clone().unwrap_or_default();
+        builder::Error::Serial { path, source }
+    })
 }
 
 /// Has the API put a machine together until it is to start.

@@ -30,6 +30,7 @@ const FLAGS: &[(&str, Option<&str>, &str)] = &[
     ("metrics-path", Some("FILE"), "Where counters are told"),
     ("boot-timer", None, "Log how long the guest took to boot, when it writes 123 to the byte at 0xc0000000"),
     ("mmds-size-limit", Some("BYTES"), "The longest metadata, as JSON [default: 51200]"),
+    ("http-api-max-payload-size", Some("BYTES"), "The longest body of a request to the API [default: 51200]"),
     ("metadata", Some("FILE"), "A JSON file with the metadata to begin with"),
     ("start-time-us", Some("TIME"), "When the process was started, by the monotonic clock; a jailer says so"),
     (
@@ -80,7 +81,9 @@ pub struct Options {
     pub metrics_path: Option<PathBuf>,
     /// Whether the time until the guest has booted is told.
     pub boot_timer: bool,
-    /// The longest metadata, in bytes.
+    /// The longest body of a request, in bytes.
+    pub payload_max: usize,
+    /// The longest metadata, in bytes: as long as a body, unless it is set.
     pub mmds_size_limit: usize,
     /// The metadata to begin with.
     pub metadata: Option<PathBuf>,
@@ -106,6 +109,7 @@ impl Default for Options {
             log: log::Settings { level: Some(log::Level::Info), ..log::Settings::default() },
             metrics_path: None,
             boot_timer: false,
+            payload_max: BODY_MAX,
             mmds_size_limit: BODY_MAX,
             metadata: None,
             start_time_us: None,
@@ -177,6 +181,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString, IntoIter: 'static>) -
             "module" => options.log.module = Some(text(name, &mut parser)?),
             "metrics-path" => options.metrics_path = Some(path(name, &mut parser)?),
             "boot-timer" => options.boot_timer = true,
+            "http-api-max-payload-size" => options.payload_max = value(name, &mut parser)?,
             "mmds-size-limit" => options.mmds_size_limit = value(name, &mut parser)?,
             "metadata" => options.metadata = Some(path(name, &mut parser)?),
             "start-time-us" => options.start_time_us = Some(value(name, &mut parser)?),
@@ -193,6 +198,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString, IntoIter: 'static>) -
             // Whatever else is wrong.
             _ => return Ok(Command::Print(help())),
         }
+    }
+    if !given.contains(&"mmds-size-limit") {
+        options.mmds_size_limit = options.payload_max;
     }
     for (one, other) in [("no-seccomp", "seccomp-filter"), ("no-api", "api-sock")] {
         if given.contains(&one) && given.contains(&other) {
@@ -277,6 +285,9 @@ mod tests {
         assert_eq!((options.id.as_str(), options.api_sock), ("one-2", PathBuf::from("/s")));
         assert_eq!((options.log.level, options.log.show_level), (Some(log::Level::Debug), Some(true)));
         assert_eq!((options.start_time_us, options.boot_timer), (Some(7), true));
+        let options = run("--http-api-max-payload-size 1000").unwrap();
+        assert_eq!((options.payload_max, options.mmds_size_limit), (1000, 1000));
+        assert_eq!(run("--http-api-max-payload-size 9 --mmds-size-limit 5").unwrap().mmds_size_limit, 5);
         assert!(run("--no-api --config-file /c").unwrap().no_api);
     }
 

@@ -16,6 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Connection {
     stream: UnixStream,
     received: Vec<u8>,
+    body_max: usize,
     unsent: Vec<u8>,
     /// It may send the body that it asked about.
     leave: bool,
@@ -26,11 +27,11 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection that was just accepted.
-    pub fn new(stream: UnixStream) -> io::Result<Self> {
+    /// A connection that was just accepted, whose requests' bodies have at most `body_max` bytes.
+    pub fn new(stream: UnixStream, body_max: usize) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let (received, unsent, moved) = (Vec::new(), Vec::new(), Instant::now());
-        Ok(Connection { stream, received, unsent, leave: false, last: false, moved })
+        Ok(Connection { stream, received, body_max, unsent, leave: false, last: false, moved })
     }
 
     /// What is waited for: a client that does not take its answers cannot ask for more.
@@ -76,7 +77,7 @@ impl Connection {
 
     /// Answers the first request among what was received, if it is complete.
     fn answer_one(&mut self, answer: &mut impl FnMut(&Message) -> (u16, String)) -> bool {
-        match http::parse(&self.received) {
+        match http::parse(&self.received, self.body_max) {
             Ok(Progress::Incomplete { asks }) => {
                 if asks && !std::mem::replace(&mut self.leave, true) {
                     self.unsent.extend_from_slice(http::CONTINUE);
@@ -126,7 +127,7 @@ mod tests {
     #[test]
     fn a_request_in_pieces_is_answered_and_the_next_one_too() {
         let (mut client, server) = UnixStream::pair().unwrap();
-        let mut connection = Connection::new(server).unwrap();
+        let mut connection = Connection::new(server, http::BODY_MAX).unwrap();
         let mut asked = Vec::new();
         let mut answer = |message: &Message| {
             asked.push(message.path.clone());
@@ -146,7 +147,7 @@ mod tests {
     #[test]
     fn a_client_that_takes_nothing_waits_and_one_that_goes_is_forgotten() {
         let (mut client, server) = UnixStream::pair().unwrap();
-        let mut connection = Connection::new(server).unwrap();
+        let mut connection = Connection::new(server, http::BODY_MAX).unwrap();
         let long = "x".repeat(1 << 20);
         assert_eq!(connection.deadline(), None);
         client.write_all(b"GET / HTTP/").unwrap();
@@ -165,7 +166,7 @@ mod tests {
     #[test]
     fn nonsense_is_answered_and_ends_the_connection() {
         let (mut client, server) = UnixStream::pair().unwrap();
-        let mut connection = Connection::new(server).unwrap();
+        let mut connection = Connection::new(server, http::BODY_MAX).unwrap();
         client.write_all(b"nonsense\r\n\r\n").unwrap();
         assert!(!connection.advance(&mut |_| panic!("that was no request")));
         drop(connection);

@@ -13,7 +13,8 @@ use crate::bus::lock;
 use crate::config::{BootSource, Config, Drive, NetworkInterface, RateLimiter};
 use crate::machine::Machine;
 use crate::metrics::Metrics;
-use crate::{builder, confine, log, mmds, snapshot};
+use crate::x86::template::Source;
+use crate::{builder, confine, log, mmds, serial, snapshot};
 
 /// The API of which version of Firecracker this is, as far as it goes.
 pub const API_VERSION: &str = "1.14.0";
@@ -35,11 +36,15 @@ pub trait Builder {
     /// [`builder::Error`].
     fn build(&self, config: &Config) -> Result<Machine, builder::Error>;
 
-    /// A machine that goes on, and what it is made of.
+    /// A machine that goes on, with such a serial console, and what it is made of.
     ///
     /// # Errors
     /// [`snapshot::Error`].
-    fn restore(&self, load: &snapshot::Load) -> Result<(Config, Machine), snapshot::Error>;
+    fn restore(
+        &self,
+        load: &snapshot::Load,
+        serial: &serial::Settings,
+    ) -> Result<(Config, Machine), snapshot::Error>;
 }
 
 /// A machine that is put together.
@@ -81,6 +86,10 @@ impl PreBoot {
             pre_boot.metrics.configure(settings)?;
         }
         pre_boot.config = config;
+        // The template is part of the machine, whatever becomes of its file.
+        if let Some(source) = &mut pre_boot.config.cpu_config {
+            *source = Source::Inline(source.template()?.into_owned());
+        }
         Ok(pre_boot)
     }
 
@@ -116,10 +125,12 @@ impl PreBoot {
     }
 
     fn load(&mut self, load: &snapshot::Load, builder: &impl Builder) -> Result<(Running, Machine), Fault> {
-        if self.config != Config::default() {
+        // The one thing that a snapshot leaves open.
+        let serial = self.config.serial.clone();
+        if self.config != (Config { serial: serial.clone(), ..Config::default() }) {
             return Err(Fault::LoadNotAllowed);
         }
-        let (config, mut machine) = builder.restore(load).map_err(Fault::LoadSnapshot)?;
+        let (config, mut machine) = builder.restore(load, &serial).map_err(Fault::LoadSnapshot)?;
         if load.resume_vm {
             machine.resume();
         }
@@ -154,6 +165,8 @@ impl PreBoot {
             }
             Request::GetBalloon => return config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
             Request::PutBalloon(balloon) => config.balloon = Some(balloon),
+            Request::PutCpuConfig(template) => config.cpu_config = Some(Source::Inline(template)),
+            Request::PutSerial(settings) => config.serial = settings,
             Request::PutVsock(vsock) => config.vsock = Some(vsock),
             Request::PutEntropy(entropy) => config.entropy = Some(entropy),
             Request::PutLogger(settings) => configure_log(&settings)?,
@@ -303,6 +316,8 @@ impl Running {
             | Request::PutInterface(_)
             | Request::PutBalloon(_)
             | Request::PutVsock(_)
+            | Request::PutCpuConfig(_)
+            | Request::PutSerial(_)
             | Request::PutEntropy(_)
             | Request::Start => Err(Fault::AfterStart),
         }
@@ -380,7 +395,11 @@ mod tests {
         fn build(&self, _: &Config) -> Result<Machine, builder::Error> {
             Err(builder::Error::TooManyDevices)
         }
-        fn restore(&self, _: &snapshot::Load) -> Result<(Config, Machine), snapshot::Error> {
+        fn restore(
+            &self,
+            _: &snapshot::Load,
+            _: &serial::Settings,
+        ) -> Result<(Config, Machine), snapshot::Error> {
             Err(snapshot::Error::Checksum)
         }
     }

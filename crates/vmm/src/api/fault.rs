@@ -4,6 +4,7 @@ use std::io;
 
 use kapsel_devices::{balloon, block, net};
 
+use crate::x86::template;
 use crate::{builder, config, metrics, mmds, snapshot};
 
 /// Why a request cannot be done.
@@ -67,6 +68,9 @@ pub enum Fault {
     /// Counters cannot be told.
     #[error("Metrics error: {0}")]
     Metrics(#[from] metrics::Error),
+    /// The CPU template cannot be read.
+    #[error("CPU template error: {0}")]
+    Template(#[from] template::Error),
     /// The guest does not take its keys.
     #[error("Internal VMM error: the guest has not read what was typed before")]
     Keyboard,

@@ -1,6 +1,6 @@
 //! As much of HTTP/1.1 as the API needs.
 
-/// Longest body, in bytes.
+/// Longest body, in bytes, unless the command line says another.
 pub const BODY_MAX: usize = 51_200;
 /// Longest request line and headers together, in bytes.
 const HEAD_MAX: usize = 8192;
@@ -29,8 +29,8 @@ pub enum Error {
     #[error("Invalid request: {0}.")]
     Unsupported(&'static str),
     /// Too long.
-    #[error("Request payload with size {0} is larger than the limit of {BODY_MAX} allowed by server.")]
-    TooLong(usize),
+    #[error("Request payload with size {0} is larger than the limit of {1} allowed by server.")]
+    TooLong(usize, usize),
 }
 
 /// What a connection's bytes so far amount to.
@@ -45,11 +45,11 @@ pub enum Progress {
     Complete(Message, usize),
 }
 
-/// Looks for a request at the beginning of `bytes`.
+/// Looks for a request at the beginning of `bytes`, whose body has at most `body_max` bytes.
 ///
 /// # Errors
 /// [`Error`]; where the next request would begin is not known then.
-pub fn parse(bytes: &[u8]) -> Result<Progress, Error> {
+pub fn parse(bytes: &[u8], body_max: usize) -> Result<Progress, Error> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
     let httparse::Status::Complete(head) = request.parse(bytes)? else {
@@ -63,8 +63,8 @@ pub fn parse(bytes: &[u8]) -> Result<Progress, Error> {
     if head > HEAD_MAX {
         return Err(Error::Unsupported("the headers are too long"));
     }
-    let framing = Framing::of(request.headers)?;
-    let end = head + framing.length;
+    let framing = Framing::of(request.headers, body_max)?;
+    let end = head.saturating_add(framing.length);
     let Some(body) = bytes.get(head..end) else {
         return Ok(Progress::Incomplete { asks: framing.expects_continue && bytes.len() == head });
     };
@@ -84,7 +84,7 @@ struct Framing {
 }
 
 impl Framing {
-    fn of(headers: &[httparse::Header<'_>]) -> Result<Self, Error> {
+    fn of(headers: &[httparse::Header<'_>], body_max: usize) -> Result<Self, Error> {
         let mut framing = Framing { length: 0, keep_alive: true, expects_continue: false };
         let mut seen_length = false;
         for header in headers {
@@ -107,8 +107,8 @@ impl Framing {
                 _ => {}
             }
         }
-        if framing.length > BODY_MAX {
-            return Err(Error::TooLong(framing.length));
+        if framing.length > body_max {
+            return Err(Error::TooLong(framing.length, body_max));
         }
         Ok(framing)
     }
@@ -132,6 +132,10 @@ pub fn response(status: u16, body: &str, keep_alive: bool) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn parse(bytes: &[u8]) -> Result<Progress, Error> {
+        super::parse(bytes, BODY_MAX)
+    }
 
     fn message(text: &str) -> Result<Message, Error> {
         match parse(text.as_bytes())? {
@@ -175,7 +179,11 @@ mod tests {
         assert!(matches!(message(&long), Err(Error::Unsupported(_))));
         assert!(matches!(message(&format!("{long}\r\n\r\n")), Err(Error::Unsupported(_))));
         let header = |header: &str| message(&format!("PUT / HTTP/1.1\r\n{header}\r\n\r\n"));
-        assert!(matches!(header("Content-Length: 51201"), Err(Error::TooLong(51_201))));
+        assert!(matches!(header("Content-Length: 51201"), Err(Error::TooLong(51_201, BODY_MAX))));
+        let larger = super::parse(b"PUT / HTTP/1.1\r\nContent-Length: 51201\r\n\r\n", 51_201);
+        assert!(matches!(larger, Ok(Progress::Incomplete { .. })));
+        let largest = format!("PUT / HTTP/1.1\r\nContent-Length: {}\r\n\r\n", usize::MAX);
+        assert!(matches!(super::parse(largest.as_bytes(), usize::MAX), Ok(Progress::Incomplete { .. })));
         assert!(header("Content-Length: -1").is_err());
         assert!(header("Content-Length: 18446744073709551616").is_err());
         assert!(header("Content-Length: 0\r\nContent-Length: 5").is_err());

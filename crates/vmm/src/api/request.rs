@@ -9,7 +9,8 @@ use crate::config::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, Drive, Entropy, MachineConfig,
     MachineConfigUpdate, NetworkInterface, RateLimiter, Vsock,
 };
-use crate::{log, metrics, mmds, snapshot};
+use crate::x86::template::Template;
+use crate::{log, metrics, mmds, serial, snapshot};
 
 /// Something that the API can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +47,10 @@ pub enum Request {
     PatchBalloonStatistics(BalloonStatisticsUpdate),
     /// Adds sockets.
     PutVsock(Vsock),
+    /// Change the processors.
+    PutCpuConfig(Template),
+    /// Say where the serial console's output goes.
+    PutSerial(serial::Settings),
     /// Adds the entropy device.
     PutEntropy(Entropy),
     /// Has the guest read metadata.
@@ -147,6 +152,8 @@ impl Request {
             Request::PutInterface(_) => (put, "network_count", Some("network_fails")),
             Request::PatchInterface(_) => (patch, "network_count", Some("network_fails")),
             Request::PutVsock(_) => (put, "vsock_count", Some("vsock_fails")),
+            Request::PutCpuConfig(_) => (put, "cpu_cfg_count", Some("cpu_cfg_fails")),
+            Request::PutSerial(_) => (put, "serial_count", Some("serial_fails")),
             Request::GetMmds => (get, "mmds_count", None),
             Request::PutMmds(_) => (put, "mmds_count", Some("mmds_fails")),
             Request::PatchMmds(_) => (patch, "mmds_count", Some("mmds_fails")),
@@ -223,6 +230,8 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
         ("PUT", "metrics", None) => Ok(Request::PutMetrics(serde_json::from_slice(body)?)),
         ("GET", "version", None) => Ok(Request::GetVersion),
         ("PUT", "vsock", None) => Ok(Request::PutVsock(serde_json::from_slice(body)?)),
+        ("PUT", "cpu-config", None) => Ok(Request::PutCpuConfig(serde_json::from_slice(body)?)),
+        ("PUT", "serial", None) => Ok(Request::PutSerial(serde_json::from_slice(body)?)),
         ("PUT", "entropy", None) => Ok(Request::PutEntropy(serde_json::from_slice(body)?)),
         ("GET", "mmds", None) => Ok(Request::GetMmds),
         ("PUT", "mmds", None) => Ok(Request::PutMmds(serde_json::from_slice(body)?)),

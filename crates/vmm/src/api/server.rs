@@ -43,17 +43,19 @@ struct Caller {
 }
 
 impl Server {
-    /// Listens at `path`, where nothing may be yet, in a thread that is confined by `filter`.
+    /// Listens at `path`, where nothing may be yet, in a thread that is confined by `filter`. Bodies of requests have at most
+    /// `body_max` bytes.
     ///
     /// # Errors
     /// When the socket or the thread cannot be made.
-    pub fn start(path: &Path, filter: Filter) -> io::Result<Self> {
+    pub fn start(path: &Path, body_max: usize, filter: Filter) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         let (sender, calls) = mpsc::channel();
         let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let caller = Caller { calls: sender, event: event.clone() };
         std::thread::Builder::new().name("api".into()).spawn(move || {
-            let served = filter.apply().map_err(io::Error::other).and_then(|()| serve(&listener, &caller));
+            let served =
+                filter.apply().map_err(io::Error::other).and_then(|()| serve(&listener, body_max, &caller));
             if let Err(error) = served {
                 tracing::error!(%error, "the API has ended");
             }
@@ -80,7 +82,7 @@ impl Server {
 }
 
 /// Everything that the API does, in one thread: the machine does one request at a time anyway.
-fn serve(listener: &UnixListener, caller: &Caller) -> io::Result<()> {
+fn serve(listener: &UnixListener, body_max: usize, caller: &Caller) -> io::Result<()> {
     let mut connections: Vec<Connection> = Vec::new();
     loop {
         let ready = wait(listener, &connections)?;
@@ -95,7 +97,7 @@ fn serve(listener: &UnixListener, caller: &Caller) -> io::Result<()> {
             }
         });
         if ready[index] {
-            accept(listener, &mut connections);
+            accept(listener, body_max, &mut connections);
         }
     }
 }
@@ -122,14 +124,14 @@ fn longest_idle(connections: &[Connection]) -> Option<usize> {
     idle.min().map(|(_, index)| index)
 }
 
-fn accept(listener: &UnixListener, connections: &mut Vec<Connection>) {
+fn accept(listener: &UnixListener, body_max: usize, connections: &mut Vec<Connection>) {
     if connections.len() >= CONNECTIONS_MAX {
         match longest_idle(connections) {
             Some(index) => drop(connections.remove(index)),
             None => return,
         }
     }
-    match listener.accept().and_then(|(stream, _)| Connection::new(stream)) {
+    match listener.accept().and_then(|(stream, _)| Connection::new(stream, body_max)) {
         Ok(connection) => connections.push(connection),
         Err(error) => {
             tracing::warn!(%error, "an API connection could not be accepted");
@@ -179,7 +181,7 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let caller =
             Caller { calls: mpsc::channel().0, event: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()) };
-        std::thread::spawn(move || serve(&listener, &caller));
+        std::thread::spawn(move || serve(&listener, crate::api::BODY_MAX, &caller));
         let ask = |stream: &mut UnixStream| {
             stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             stream.write_all(b"GET /nothing HTTP/1.1\r\n\r\n").unwrap();

@@ -6,3 +6,4 @@ pub mod cpuid;
 pub mod layout;
 pub mod processor;
 pub mod state;
+pub mod template;

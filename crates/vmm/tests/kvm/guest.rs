@@ -75,6 +75,7 @@ pub fn main() -> ! {
         "ticks" => (ticks(), libc::RB_POWER_OFF),
         "services" => (services(), libc::RB_POWER_OFF),
         "clone" => (clone(), libc::RB_POWER_OFF),
+        "processor" => (processor(), libc::RB_POWER_OFF),
         "network" => (network(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
@@ -93,6 +94,14 @@ pub fn main() -> ! {
 
 fn check(condition: bool, what: &str) -> io::Result<()> {
     if condition { Ok(()) } else { Err(io::Error::other(what.to_owned())) }
+}
+
+/// One without the flag that its template takes away.
+fn processor() -> io::Result<()> {
+    let text = fs::read_to_string("/proc/cpuinfo")?;
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
+    let has = |flag: &str| flags.split_whitespace().any(|other| other == flag);
+    check(has("fpu") && has("sse2") && !has("rdrand"), "the processor has all flags but one")
 }
 
 fn devices() -> io::Result<()> {

@@ -8,6 +8,7 @@ mod host;
 mod network;
 mod services;
 mod session;
+mod settings;
 mod snapshot;
 
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         trial("what_is_not_a_kernel_is_refused_with_a_reason", host::bad_kernels),
         trial("a_forbidden_system_call_ends_the_monitor", host::forbidden_call),
         trial("a_machine_is_put_together_started_paused_and_changed_through_the_api", api::life),
+        trial("processors_console_and_confinement_are_as_they_were_set", settings::settings),
         trial("a_monitor_logs_counts_limits_and_types_for_its_user", services::services),
         trial("a_guest_is_on_the_network_until_its_tap_goes_away", network::network),
         trial(
