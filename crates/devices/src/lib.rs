@@ -23,17 +23,20 @@ pub mod rate;
 pub mod rng;
 pub mod state;
 pub mod timer;
+pub mod vhost_user;
 pub mod vsock;
 
 #[cfg(test)]
 mod testing;
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use calls::SystemCalls;
 pub use interrupt::Interrupt;
 use queue::{Position, Queue, QueueError};
 use state::{Reader, StateError, Writer};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The guest's memory.
 pub type Memory = vm_memory::GuestMemoryMmap<dirty::Dirty>;
@@ -58,6 +61,8 @@ pub enum Kind {
     Balloon = 5,
     /// Socket.
     Vsock = 19,
+    /// File system.
+    FileSystem = 26,
 }
 
 /// What a device is given when the driver has finished its configuration.
@@ -68,6 +73,9 @@ pub struct Activation {
     pub queues: Vec<Option<Queue>>,
     /// How the device calls for the driver's attention outside of queues.
     pub interrupt: Interrupt,
+    /// The events by which the driver announces buffers, one per queue. They are signalled to whoever waits for them, which is the
+    /// monitor's event loop unless the device is [`served elsewhere`](Device::served_elsewhere).
+    pub events: Arc<[EventFd]>,
 }
 
 impl Activation {
@@ -101,6 +109,16 @@ pub trait Device: Send {
 
     /// Features of the device; the transport adds its own.
     fn features(&self) -> u64;
+
+    /// Features of its queues, of [`mmio::feature::OF_QUEUES`]: those that whoever serves them has.
+    fn queue_features(&self) -> u64 {
+        mmio::feature::OF_QUEUES
+    }
+
+    /// Whether another process waits for the queues' events, and interrupts the driver. Then nobody does so here.
+    fn served_elsewhere(&self) -> bool {
+        false
+    }
 
     /// The largest size of each queue; a power of two.
     fn queue_sizes(&self) -> &'static [u16];

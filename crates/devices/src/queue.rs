@@ -32,6 +32,9 @@ pub enum QueueError {
     /// The driver moved its index further than the queue is long, or the ring left the guest's memory.
     #[error("the queue is broken: {0}")]
     Broken(#[from] virtio_queue::Error),
+    /// The process that serves it cannot, or does not any more.
+    #[error("its back end failed: {0}")]
+    Backend(String),
 }
 
 /// A queue while the driver describes it.
@@ -131,6 +134,11 @@ impl Queue {
     /// The number of descriptors.
     pub fn size(&self) -> u16 {
         self.ring.size()
+    }
+
+    /// Where its parts are in the guest's memory: the descriptor table, the available ring and the used ring.
+    pub(crate) fn addresses(&self) -> [u64; 3] {
+        [self.ring.desc_table(), self.ring.avail_ring(), self.ring.used_ring()]
     }
 
     /// Takes the next request that the driver made available, without looking at its buffers.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::dirty::{Dirty, PAGE};
@@ -14,13 +14,28 @@ use crate::{Device, Interrupt, Memory};
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 
-const SIZE: usize = 0x10_0000;
+/// Of the memory.
+pub const SIZE: usize = 0x10_0000;
 
 /// 1 MiB of guest memory at address 0, with marks of what is written.
 pub fn memory() -> Memory {
     let mapping = MmapRegionBuilder::new_with_bitmap(SIZE, Dirty::new(SIZE, true))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+        .build()
+        .unwrap();
+    Memory::from_regions(vec![GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap()]).unwrap()
+}
+
+/// As much in a file that others can map.
+pub fn shared_memory() -> Memory {
+    let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = std::fs::File::from(file);
+    file.set_len(SIZE as u64).unwrap();
+    let mapping = MmapRegionBuilder::new_with_bitmap(SIZE, Dirty::default())
+        .with_file_offset(FileOffset::new(file, 0))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
         .build()
         .unwrap();
     Memory::from_regions(vec![GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap()]).unwrap()

@@ -7,15 +7,16 @@ use std::time::Duration;
 use kapsel_devices::mmio::{Transport, register};
 use kapsel_devices::net::metadata::Metadata;
 use kapsel_devices::state::{Reader, StateError};
-use kapsel_devices::{Device, Memory, balloon, block, net, rng, vsock};
+use kapsel_devices::{Device, Memory, balloon, block, net, rng, vhost_user, vsock};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::backends::{self, Backends};
 use crate::boot_timer::BootTimer;
 use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
-use crate::config::{CacheType, Config, NetworkInterface, RateLimiter};
+use crate::config::{self, Backing, CacheType, Config, Drive, NetworkInterface, RateLimiter};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
 use crate::kernel;
@@ -93,6 +94,12 @@ pub enum Error {
     /// A disk.
     #[error(transparent)]
     Block(#[from] block::Error),
+    /// The configuration is impossible.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// A device of another process.
+    #[error("the back end of {0}: {1}")]
+    Backend(String, #[source] vhost_user::Error),
     /// A network card.
     #[error(transparent)]
     Net(#[from] net::Error),
@@ -111,16 +118,22 @@ pub struct Surroundings {
     pub boot_timer: Option<BootTimer>,
 }
 
-/// Builds a machine whose console is `output`. Nothing of the guest runs yet.
+/// Builds a machine whose console is `output`, with the sessions that were begun for its disks. Nothing of the guest runs yet.
 ///
 /// # Errors
 /// [`Error`]; nothing is left behind but the socket of a socket device.
-pub fn build(config: &Config, output: Output, surroundings: &Surroundings) -> Result<Machine, Error> {
+pub fn build(
+    config: &Config,
+    output: Output,
+    surroundings: &Surroundings,
+    backends: &mut Backends,
+) -> Result<Machine, Error> {
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
     let machine = &config.machine_config;
-    let memory = memory::allocate(machine.mem_size_mib, machine.huge_pages, machine.track_dirty_pages)?;
+    let allocate = if config.served_elsewhere().is_empty() { memory::allocate } else { memory::share };
+    let memory = allocate(machine.mem_size_mib, machine.huge_pages, machine.track_dirty_pages)?;
     let console = |line, drained| Ok(Console::new(line, drained, output));
-    let parts = Parts::assemble(config, memory, console, surroundings)?;
+    let parts = Parts::assemble(config, memory, console, surroundings, backends)?;
 
     let memory = &parts.memory;
     let kernel = kernel::load(memory, &boot_source.kernel_image_path)?;
@@ -155,7 +168,8 @@ pub fn restore(
     let (memory, served) = load.memory(&config.machine_config)?;
     let built = |error: Error| snapshot::Error::from(Box::new(error));
     let console = |line, drained| Ok(Console::restored(line, drained, output, console)?);
-    let parts = Parts::assemble(&config, memory, console, surroundings).map_err(built)?;
+    let parts = Parts::assemble(&config, memory, console, surroundings, &mut Backends::default());
+    let parts = parts.map_err(built)?;
     lock(&parts.bus.keyboard).restore(keyboard)?;
     for (vcpu, state) in parts.vcpus.iter().zip(cpus) {
         state.restore(vcpu)?;
@@ -164,7 +178,8 @@ pub fn restore(
     // Only now: interrupts that devices raise as they go on would be lost with the controllers' earlier state.
     // Those that are new were not saved, and are the last ones.
     lock(&parts.bus.console).go_on();
-    let saved = parts.bus.slots.len().saturating_sub(load.network_additions.len());
+    let new = load.network_additions.len() + load.share_additions.len();
+    let saved = parts.bus.slots.len().saturating_sub(new);
     for slot in &parts.bus.slots[..saved] {
         let mut reader = Reader::new(devices.take("device")?);
         lock(slot).restore(&mut reader)?;
@@ -200,6 +215,7 @@ impl Parts {
         memory: Memory,
         console: impl FnOnce(EventFd, EventFd) -> Result<Console, Error>,
         surroundings: &Surroundings,
+        backends: &mut Backends,
     ) -> Result<Self, Error> {
         let template = config.cpu_config.as_ref().map(template::Source::template).transpose()?;
         let template = template.unwrap_or_default().into_owned();
@@ -208,7 +224,7 @@ impl Parts {
         let drained = event()?;
         let console = console(line(&vm, layout::SERIAL_GSI)?, drained.try_clone()?)?;
         let Slots { slots, mut places, handles, .. } =
-            create_devices(&vm, &memory, config, &surroundings.mmds)?;
+            create_devices(&vm, &memory, config, &surroundings.mmds, backends)?;
         let spare = usize::from(config.spare_places) - config.late_network_interfaces.len();
         for index in slots.len()..slots.len() + spare {
             places.push(Place::of(index).ok_or(Error::TooManyDevices)?);
@@ -312,24 +328,14 @@ fn create_devices<'a>(
     memory: &'a Memory,
     config: &Config,
     mmds: &mmds::Shared,
+    backends: &mut Backends,
 ) -> Result<Slots<'a>, Error> {
     let mut slots = Slots { vm, memory, slots: Vec::new(), places: Vec::new(), handles: Handles::default() };
     let served = config.mmds_config.as_ref().map(|config| (config, mmds));
     if let Some((config, mmds)) = served {
         lock(mmds).configure(config);
     }
-    for drive in config.ordered_drives() {
-        let name = &drive.drive_id;
-        let block = block::Block::new(block::Config {
-            serial: name.clone(),
-            path: drive.path_on_host.clone(),
-            read_only: drive.is_read_only,
-            flush: drive.cache_type == CacheType::Writeback,
-            limits: drive.rate_limiter.unwrap_or_default().into(),
-        })?;
-        let disk = slots.plug(block, Some(name))?;
-        slots.handles.disks.push((name.clone(), disk));
-    }
+    config.ordered_drives().into_iter().try_for_each(|drive| slots.plug_disk(drive, backends))?;
     config.network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface, served))?;
     if let Some(vsock) = &config.vsock {
         slots.plug(vsock::Vsock::new(u64::from(vsock.guest_cid), &vsock.uds_path)?, None)?;
@@ -348,6 +354,10 @@ fn create_devices<'a>(
     }
     // After all others, whose places are those of the saved machine.
     config.late_network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface, served))?;
+    for share in &config.shares {
+        let session = backends::directory(share).map_err(|e| Error::Backend(share.tag.clone(), e))?;
+        slots.plug(session, Some(&share.tag))?;
+    }
     Ok(slots)
 }
 
@@ -360,6 +370,29 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
+    fn plug_disk(&mut self, drive: &Drive, backends: &mut Backends) -> Result<(), Error> {
+        let name = &drive.drive_id;
+        match drive.backing()? {
+            Backing::File(path) => {
+                let block = block::Block::new(block::Config {
+                    serial: name.clone(),
+                    path: path.to_owned(),
+                    read_only: drive.read_only(),
+                    flush: drive.cache_type == CacheType::Writeback,
+                    limits: drive.rate_limiter.unwrap_or_default().into(),
+                })?;
+                let disk = self.plug(block, Some(name))?;
+                self.handles.disks.push((name.clone(), disk));
+            }
+            Backing::Socket(socket) => {
+                let session = backends.take(drive, socket).map_err(|e| Error::Backend(name.clone(), e))?;
+                let disk = self.plug(session, Some(name))?;
+                self.handles.served_disks.push((name.clone(), disk));
+            }
+        }
+        Ok(())
+    }
+
     fn plug_card(
         &mut self,
         interface: &NetworkInterface,

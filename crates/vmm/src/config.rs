@@ -1,10 +1,11 @@
 //! What a machine is made of: a JSON document with Firecracker's names. What is not built is not a name here, and an
 //! unknown name is an error.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kapsel_devices::rate::{Limit, Limits};
+use kapsel_devices::vhost_user::TAG_MAX;
 use serde::{Deserialize, Serialize};
 
 use crate::mac::Mac;
@@ -37,13 +38,16 @@ pub struct Config {
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
-    /// Places that the guest is told of and finds empty, for network cards that come with a clone. Firecracker has no such
-    /// thing with virtio-mmio.
+    /// Places that the guest is told of and finds empty, for network cards and shared directories that come with a clone.
+    /// Firecracker has no such thing with virtio-mmio.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub spare_places: u8,
     /// Network cards in those places.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub late_network_interfaces: Vec<NetworkInterface>,
+    /// Directories of the host, which Firecracker does not share. They are the last devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<Share>,
     /// Sockets between guest and host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
@@ -148,12 +152,17 @@ pub struct Drive {
     /// Its name, which the guest sees as its serial number.
     pub drive_id: String,
     /// A file or a block device.
-    pub path_on_host: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<PathBuf>,
+    /// Instead of it, the socket of a process that serves the disk (vhost-user), or `fd:` and the number of a connection to it that this
+    /// process was started with. What the disk is like that process says: of the other settings only the cache is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
     /// Whether the kernel shall mount it as its root.
     pub is_root_device: bool,
-    /// Whether the guest may only read.
-    #[serde(default)]
-    pub is_read_only: bool,
+    /// Whether the guest may only read. Of a file; it may be written to where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub is_read_only: Option<bool>,
     /// Whether the guest can make its writes durable.
     #[serde(default)]
     pub cache_type: CacheType,
@@ -163,6 +172,47 @@ pub struct Drive {
     /// How requests are done. Only `Sync` is possible.
     #[serde(default)]
     pub io_engine: IoEngine,
+}
+
+/// Who serves a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing<'a> {
+    /// The monitor, from this file.
+    File(&'a Path),
+    /// The process at this socket.
+    Socket(&'a str),
+}
+
+impl Drive {
+    /// Who serves it.
+    ///
+    /// # Errors
+    /// [`Error::Backing`] when nobody does, or two, or one who could not keep to a setting.
+    pub fn backing(&self) -> Result<Backing<'_>, Error> {
+        let plain = self.is_read_only.is_none()
+            && self.rate_limiter.is_none()
+            && self.io_engine == IoEngine::default();
+        match (&self.path_on_host, &self.socket) {
+            (Some(path), None) => Ok(Backing::File(path)),
+            (None, Some(socket)) if plain => Ok(Backing::Socket(socket)),
+            _ => Err(Error::Backing),
+        }
+    }
+
+    /// Whether the guest may only read, as far as it is said.
+    pub fn read_only(&self) -> bool {
+        self.is_read_only.unwrap_or(false)
+    }
+}
+
+/// A directory of the host, served by another process (virtio-fs by vhost-user).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// By which the guest mounts it: 1 to 36 bytes.
+    pub tag: String,
+    /// The process's socket, or `fd:` and the number of a connection to it that this process was started with.
+    pub socket: String,
 }
 
 /// How a disk's requests are done.
@@ -353,11 +403,17 @@ pub enum Error {
     #[error("Network config error: the mtu is at least {MTU_MIN}, not {0}")]
     Mtu(u16),
     /// More cards than were expected.
-    #[error("Network config error: there are {0} spare places, which is not enough")]
+    #[error("there are {0} spare places, which is not enough")]
     NoSparePlace(u8),
     /// The metadata service. The word is Firecracker's.
     #[error("MMMDS config error: {0}")]
     Mmds(#[from] mmds::ConfigError),
+    /// A disk is one file's, or one process's.
+    #[error("Drive config error: Unable to create the virtio block device: Invalid block config.")]
+    Backing,
+    /// Shared directories.
+    #[error("Share config error: the tag {0:?} is used twice, or has not 1 to {TAG_MAX} bytes")]
+    Tag(String),
     /// Root disks.
     #[error("Drive config error: A root block device already exists!")]
     TwoRoots,
@@ -404,12 +460,19 @@ impl Config {
             return Err(Error::BalloonAboveMemory);
         }
         self.check_interfaces()?;
+        for (index, Share { tag, .. }) in self.shares.iter().enumerate() {
+            let fits = (1..=TAG_MAX).contains(&tag.len()) && !tag.contains('\0');
+            if !fits || self.shares[..index].iter().any(|other| other.tag == *tag) {
+                return Err(Error::Tag(tag.clone()));
+            }
+        }
         let mut root = false;
         for (index, drive) in self.drives.iter().enumerate() {
             let id = &drive.drive_id;
             if !plain(id) || self.drives[..index].iter().any(|other| other.drive_id == *id) {
                 return Err(Error::DriveId(id.clone()));
             }
+            drive.backing()?;
             if drive.is_root_device && std::mem::replace(&mut root, true) {
                 return Err(Error::TwoRoots);
             }
@@ -442,6 +505,15 @@ impl Config {
         Ok(())
     }
 
+    /// Devices that other processes serve, in words; empty if there are none. The guest's memory has to be shared with those, and
+    /// nobody can save their state.
+    pub fn served_elsewhere(&self) -> Vec<String> {
+        let disks = self.drives.iter().filter(|drive| drive.socket.is_some());
+        let disks = disks.map(|drive| format!("vhost-user-block(id: {})", drive.drive_id));
+        let shares = self.shares.iter().map(|share| format!("vhost-user-fs(tag: {})", share.tag));
+        disks.chain(shares).collect()
+    }
+
     /// Disks in the order in which the guest sees them: the root first.
     pub fn ordered_drives(&self) -> Vec<&Drive> {
         let mut drives: Vec<_> = self.drives.iter().collect();
@@ -456,7 +528,7 @@ impl Config {
         // There is no PCI, and looking for it takes many exits.
         line.push_str(" pci=off");
         if let Some(root) = self.drives.iter().find(|drive| drive.is_root_device) {
-            line.push_str(if root.is_read_only { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
+            line.push_str(if root.read_only() { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
         }
         line
     }
@@ -474,6 +546,21 @@ mod tests {
         format!(
             r#"{{"drive_id": "{id}", "path_on_host": "d", "is_root_device": {root}, "is_read_only": true}}"#
         )
+    }
+
+    fn socket(more: &str) -> String {
+        format!(r#","drives":[{{"drive_id":"a","is_root_device":false,"socket":"s"{more}}}]"#)
+    }
+
+    #[test]
+    fn who_serves_what_is_known() {
+        let shares = r#","shares":[{"tag":"work","socket":"fd:20"}]"#;
+        let config = parse(&(socket(r#","cache_type":"Writeback""#) + shares)).unwrap();
+        assert_eq!(config.drives[0].backing().unwrap(), Backing::Socket("s"));
+        assert_eq!(config.served_elsewhere(), ["vhost-user-block(id: a)", "vhost-user-fs(tag: work)"]);
+        assert!(
+            parse(&format!(r#","drives":[{}]"#, drive("a", false))).unwrap().served_elsewhere().is_empty()
+        );
     }
 
     fn interface(id: &str) -> String {
@@ -520,6 +607,13 @@ mod tests {
             format!(r#","drives":[{},{}]"#, drive("a", true), drive("a", false)),
             format!(r#","drives":[{}]"#, drive("a-b", false)),
             format!(r#","drives":[{}]"#, drive("", false)),
+            r#","drives":[{"drive_id":"a","is_root_device":false}]"#.to_owned(),
+            socket(r#","path_on_host":"d""#),
+            socket(r#","is_read_only":false"#),
+            socket(r#","rate_limiter":{}"#),
+            r#","shares":[{"tag":"","socket":"s"}]"#.to_owned(),
+            r#","shares":[{"tag":"a","socket":"s"},{"tag":"a","socket":"t"}]"#.to_owned(),
+            format!(r#","shares":[{{"tag":"{}","socket":"s"}}]"#, "x".repeat(37)),
         ] {
             assert!(parse(&rest).is_err(), "{rest}");
         }

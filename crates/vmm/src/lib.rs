@@ -2,6 +2,7 @@
 //! running guest ([`builder::build`] is the sequence, top to bottom).
 
 pub mod api;
+pub mod backends;
 pub mod boot_timer;
 pub mod builder;
 mod bus;

@@ -14,6 +14,7 @@ use kapsel_devices::net::Net;
 use kapsel_devices::rate::Limits;
 use kapsel_devices::state::Writer;
 use kapsel_devices::timer::Timer;
+use kapsel_devices::vhost_user::{self, VhostUser};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +38,7 @@ pub(crate) struct Handles {
     /// Names of the devices in the order of their places, for those that have one.
     pub names: Vec<Option<String>>,
     pub disks: Vec<Disk>,
+    pub served_disks: Vec<ServedDisk>,
     pub interfaces: Vec<Interface>,
     pub balloon: Option<SharedBalloon>,
 }
@@ -47,6 +49,8 @@ pub(crate) type SharedBalloon = Arc<Mutex<Transport<Balloon>>>;
 pub(crate) type Interface = (String, Arc<Mutex<Transport<Net>>>);
 /// A disk by its name.
 pub(crate) type Disk = (String, Arc<Mutex<Transport<Block>>>);
+/// A disk of another process by its name.
+pub(crate) type ServedDisk = (String, Arc<Mutex<Transport<VhostUser>>>);
 
 /// Firecracker's word for the counters of such devices.
 fn group(kind: Kind) -> &'static str {
@@ -56,6 +60,7 @@ fn group(kind: Kind) -> &'static str {
         Kind::Rng => "entropy",
         Kind::Balloon => "balloon",
         Kind::Vsock => "vsock",
+        Kind::FileSystem => "fs",
     }
 }
 
@@ -106,7 +111,8 @@ impl Machine {
         events.watch_event(bus.stop.event(), Source::Stop)?;
         for (device, slot) in bus.slots.iter().enumerate() {
             let slot = lock(slot);
-            for (queue, event) in slot.queue_events().iter().enumerate() {
+            let queues = if slot.served_elsewhere() { &[] } else { slot.queue_events() };
+            for (queue, event) in queues.iter().enumerate() {
                 events.watch_event(event, Source::Queue(device, queue))?;
             }
             for (index, descriptor) in slot.sources().into_iter().enumerate() {
@@ -176,6 +182,17 @@ impl Machine {
         disk.map_or(Ok(()), |(_, disk)| lock(disk).reconfigure(|block| block.replace(path)))
     }
 
+    /// Asks the process that serves a disk what it is like now, and tells the guest. False when it is no such disk.
+    ///
+    /// # Errors
+    /// When that process does not say; the disk stays as it was.
+    pub fn refresh_disk(&self, name: &str) -> Result<bool, vhost_user::Error> {
+        match self.handles.served_disks.iter().find(|(other, _)| other == name) {
+            Some((_, disk)) => lock(disk).reconfigure(VhostUser::refresh).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     /// Changes how fast a disk may be; limits that are absent stay. A name that no disk has changes nothing.
     pub fn limit_disk(&self, name: &str, limits: Limits) {
         if let Some((_, disk)) = self.handles.disks.iter().find(|(other, _)| other == name) {
@@ -229,11 +246,14 @@ impl Machine {
         for (slot, name) in self.bus.slots.iter().zip(&self.handles.names) {
             let slot = lock(slot);
             let kind = group(slot.kind());
+            let name = name.as_deref();
+            let groups = if slot.served_elsewhere() {
+                [name.map(|name| format!("vhost_user_{kind}_{name}")), None]
+            } else {
+                [Some(kind.to_owned()), name.map(|name| format!("{kind}_{name}"))]
+            };
             for (counter, count) in slot.metrics() {
-                counters.push(((kind.to_owned(), counter), count));
-                if let Some(name) = name {
-                    counters.push(((format!("{kind}_{name}"), counter), count));
-                }
+                counters.extend(groups.iter().flatten().map(|group| ((group.clone(), counter), count)));
             }
         }
         let dropped = lock(&self.bus.console).dropped();
@@ -255,6 +275,7 @@ impl Machine {
     /// # Errors
     /// [`snapshot::Error`]; the machine goes on all the same, and the files are of no use.
     pub fn save(&self, config: &Config, to: &snapshot::Create) -> Result<(), snapshot::Error> {
+        snapshot::Error::check_served(config)?;
         let mut sections = Sections::default();
         // Configurations are strings and numbers, which JSON always has.
         sections.add("config", &serde_json::to_vec(config).unwrap_or_default());

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use kapsel_vmm::api::Server;
 use kapsel_vmm::api::control::{Answer, Builder, Next, PreBoot};
+use kapsel_vmm::backends::Backends;
 use kapsel_vmm::boot_timer::{BootTimer, processor_time};
 use kapsel_vmm::builder::{self, Surroundings};
 use kapsel_vmm::config::Config;
@@ -133,8 +134,8 @@ fn run(options: &Options) -> Result<ExitCode> {
 struct ConsoleBuilder(Surroundings);
 
 impl Builder for ConsoleBuilder {
-    fn build(&self, config: &Config) -> Result<Machine, builder::Error> {
-        builder::build(config, output(&config.serial)?, &self.0)
+    fn build(&self, config: &Config, backends: &mut Backends) -> Result<Machine, builder::Error> {
+        builder::build(config, output(&config.serial)?, &self.0, backends)
     }
 
     fn restore(

@@ -1,10 +1,13 @@
 //! The guest's memory.
 
+use std::fs::File;
+
 use kapsel_devices::Memory;
 use kapsel_devices::dirty::Dirty;
+use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use crate::x86::layout::{HOLE, HOLE_END};
 
@@ -66,6 +69,45 @@ pub fn allocate(mib: u64, pages: HugePages, tracked: bool) -> Result<Memory, Err
     Memory::from_regions(regions).map_err(|e| failed(e.to_string()))
 }
 
+/// As [`allocate`], in a file that other processes can map as well. No memory is shared unless it has to be: a guest's first touch of a
+/// page takes longer then.
+///
+/// # Errors
+/// As for [`allocate`].
+pub fn share(mib: u64, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
+    let failed = |reason: String| Error { mib, reason };
+    let file = memory_file(mib << 20, pages).map_err(|e| failed(e.to_string()))?;
+    let (mut regions, mut offset) = (Vec::new(), 0);
+    for (start, size) in ranges(mib) {
+        let handle = file.try_clone().map_err(|e| failed(e.to_string()))?;
+        let length = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(length, Dirty::new(length, tracked))
+            .with_file_offset(FileOffset::new(handle, offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|e| failed(e.to_string()))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
+        regions.push(region.ok_or_else(|| failed("a region ends beyond the address space".into()))?);
+        offset += size;
+    }
+    Memory::from_regions(regions).map_err(|e| failed(e.to_string()))
+}
+
+/// A file of that size without a name. Nobody who has it can make it shorter, which would end this process at the next touch.
+fn memory_file(size: u64, pages: HugePages) -> std::io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(match pages {
+        HugePages::None => rustix::fs::memfd_create("guest-memory", flags)?,
+        HugePages::TwoMegabytes => {
+            rustix::fs::memfd_create("guest-memory", flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?
+        }
+    });
+    file.set_len(size)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
 /// Fewer faults and shorter page walks; a host that has no transparent huge pages loses nothing.
 fn prefer_huge_pages(mapping: &vm_memory::MmapRegion<Dirty>) {
     // SAFETY: the range is a private anonymous mapping that was just made and is owned by `mapping`; the advice changes no
@@ -87,6 +129,20 @@ mod tests {
         assert_eq!(ranges(128), [(0, 128 << 20)]);
         assert_eq!(ranges(3072), [(0, HOLE)]);
         assert_eq!(ranges(65536), [(0, HOLE), (HOLE_END, (65536 << 20) - HOLE)]);
+    }
+
+    #[test]
+    fn shared_memory_is_one_file_that_stays_as_long_as_it_is() {
+        use vm_memory::{Bytes, GuestMemoryRegion};
+
+        let memory = share(4096, HugePages::None, true).unwrap();
+        memory.write_slice(b"high", GuestAddress(HOLE_END + 0x1000)).unwrap();
+        let files: Vec<_> = memory.iter().map(|region| region.file_offset().unwrap()).collect();
+        assert_eq!((files[0].start(), files[1].start()), (0, HOLE));
+        let mut bytes = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(files[0].file(), &mut bytes, HOLE + 0x1000).unwrap();
+        assert_eq!(&bytes, b"high");
+        assert!(files[0].file().set_len(0).is_err());
     }
 
     #[test]

@@ -2,9 +2,12 @@
 
 mod state;
 
+use std::sync::Arc;
+
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::calls::SystemCalls;
+use crate::interrupt::USED_BUFFER;
 use crate::queue::{QueueConfig, QueueError};
 use crate::state::{Reader, StateError, Writer};
 use crate::{Activation, Device, Event, Interrupt, Kind, Memory, Metric};
@@ -13,13 +16,17 @@ use crate::{Activation, Device, Event, Interrupt, Kind, Memory, Metric};
 pub const WINDOW: u64 = 0x1000;
 
 /// Feature bits that belong to the transport and the queues.
-mod feature {
+pub mod feature {
     /// Indirect descriptors.
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// Event indices instead of flags.
     pub const EVENT_IDX: u64 = 1 << 29;
     /// Not the legacy interface; devices here have no other.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Those that are a matter of how queues are served.
+    pub const OF_QUEUES: u64 = INDIRECT_DESC | EVENT_IDX;
+    /// All of them.
+    pub const OF_TRANSPORT: u64 = OF_QUEUES | VERSION_1;
 }
 
 /// Offsets of registers (section 4.2.2).
@@ -129,6 +136,8 @@ pub trait Slot: Send {
     fn kind(&self) -> Kind;
     /// The counters of [`Device::metrics`].
     fn metrics(&self) -> Vec<Metric>;
+    /// [`Device::served_elsewhere`].
+    fn served_elsewhere(&self) -> bool;
 }
 
 /// The registers in front of a device.
@@ -137,7 +146,7 @@ pub struct Transport<D> {
     device: D,
     memory: Memory,
     interrupt: Interrupt,
-    events: Vec<EventFd>,
+    events: Arc<[EventFd]>,
     queues: Vec<QueueConfig>,
     status: u32,
     features: u64,
@@ -197,7 +206,7 @@ impl<D: Device> Transport<D> {
     }
 
     fn offered(&self) -> u64 {
-        self.device.features() | feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC
+        self.device.features() | self.device.queue_features() | feature::VERSION_1
     }
 
     fn read_register(&self, offset: u64) -> u32 {
@@ -210,12 +219,17 @@ impl<D: Device> Transport<D> {
             register::DEVICE_FEATURES => word(self.offered(), self.device_features_word),
             register::QUEUE_NUM_MAX => queue.map_or(0, |queue| u32::from(queue.max)),
             register::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.ready)),
-            register::INTERRUPT_STATUS => self.interrupt.status(),
+            register::INTERRUPT_STATUS => self.interrupt.status() | self.elsewhere(),
             register::STATUS => self.status,
             register::SHM_LEN_LOW | register::SHM_LEN_HIGH => u32::MAX,
             register::CONFIG_GENERATION => self.generation,
             _ => 0,
         }
+    }
+
+    /// Another process raises the interrupt and cannot say why: there may always be used buffers, which a driver then looks for.
+    fn elsewhere(&self) -> u32 {
+        if self.device.served_elsewhere() && self.active() { USED_BUFFER } else { 0 }
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
@@ -297,9 +311,8 @@ impl<D: Device> Transport<D> {
             })
             .collect();
         let activated = frozen.and_then(|queues| {
-            let activation =
-                Activation { features: self.features, queues, interrupt: self.interrupt.clone() };
-            self.device.activate(activation)
+            let (features, interrupt, events) = (self.features, self.interrupt.clone(), self.events.clone());
+            self.device.activate(Activation { features, queues, interrupt, events })
         });
         match activated {
             // Drivers may have made buffers available before, such as Linux's balloon; their notification came too early.
@@ -341,7 +354,12 @@ impl<D: Device> Transport<D> {
     }
 
     /// Has the event loop look at a queue, after the other devices that are waiting for it.
+    ///
+    /// Not if that waits for nothing: who else has the event could have it block the one who writes to it.
     fn signal(&self, queue: usize) {
+        if self.device.served_elsewhere() {
+            return;
+        }
         if let Some(Err(error)) = self.events.get(queue).map(|event| event.write(1)) {
             tracing::debug!(%error, queue, "a queue is looked at only with its next event");
         }
@@ -420,6 +438,10 @@ impl<D: Device> Slot for Transport<D> {
 
     fn metrics(&self) -> Vec<Metric> {
         self.device.metrics()
+    }
+
+    fn served_elsewhere(&self) -> bool {
+        self.device.served_elsewhere()
     }
 }
 

@@ -83,8 +83,8 @@ impl<D: Device> Transport<D> {
                 frozen
             }));
         }
-        let interrupt = self.interrupt.clone();
-        self.device.activate(Activation { features: self.features, queues, interrupt })?;
+        let (features, interrupt, events) = (self.features, self.interrupt.clone(), self.events.clone());
+        self.device.activate(Activation { features, queues, interrupt, events })?;
         // Nobody knows which notifications were on their way.
         (0..self.events.len()).for_each(|queue| self.signal(queue));
         Ok(())

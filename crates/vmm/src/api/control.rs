@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 
 use super::fault::Fault;
 use super::request::{DriveUpdate, InterfaceUpdate, Request};
+use crate::backends::Backends;
 use crate::bus::lock;
-use crate::config::{BootSource, Config, Drive, NetworkInterface, RateLimiter};
+use crate::config::{Backing, BootSource, Config, Drive, NetworkInterface, RateLimiter};
 use crate::machine::Machine;
 use crate::metrics::Metrics;
 use crate::x86::template::Source;
@@ -30,11 +31,11 @@ pub enum Answer {
 
 /// Makes machines.
 pub trait Builder {
-    /// A machine that boots.
+    /// A machine that boots, with the sessions that were begun for its disks.
     ///
     /// # Errors
     /// [`builder::Error`].
-    fn build(&self, config: &Config) -> Result<Machine, builder::Error>;
+    fn build(&self, config: &Config, backends: &mut Backends) -> Result<Machine, builder::Error>;
 
     /// A machine that goes on, with such a serial console, and what it is made of.
     ///
@@ -52,6 +53,7 @@ pub trait Builder {
 pub struct PreBoot {
     id: String,
     config: Config,
+    backends: Backends,
     metrics: Metrics,
     mmds: mmds::Shared,
 }
@@ -78,7 +80,8 @@ impl PreBoot {
     /// # Errors
     /// When the log or the metrics that it asks for cannot be written.
     pub fn new(id: String, config: Config, metrics: Metrics, mmds: mmds::Shared) -> Result<Self, Fault> {
-        let mut pre_boot = PreBoot { id, config: Config::default(), metrics, mmds };
+        let (initial, backends) = (Config::default(), Backends::default());
+        let mut pre_boot = PreBoot { id, config: initial, backends, metrics, mmds };
         if let Some(settings) = &config.logger {
             configure_log(settings)?;
         }
@@ -119,7 +122,7 @@ impl PreBoot {
         if self.config.boot_source.is_none() {
             return Err(Fault::NoKernel);
         }
-        let mut machine = builder.build(&self.config)?;
+        let mut machine = builder.build(&self.config, &mut self.backends)?;
         machine.resume();
         Ok((self.running(self.config.clone(), false, &mut machine), machine))
     }
@@ -156,8 +159,12 @@ impl PreBoot {
             Request::PutMachineConfig(machine) => config.machine_config = machine,
             Request::PatchMachineConfig(update) => update.apply(&mut config.machine_config),
             Request::PutDrive(drive) => {
-                block::check(&drive.path_on_host, drive.is_read_only).map_err(Fault::Drive)?;
-                put_drive(&mut config.drives, drive);
+                if let Backing::File(path) = drive.backing()? {
+                    block::check(path, drive.read_only()).map_err(Fault::Drive)?;
+                }
+                put_drive(&mut config.drives, drive.clone());
+                config.check()?;
+                self.backends.put(&drive).map_err(Fault::Backend)?;
             }
             Request::PutInterface(interface) => {
                 net::check(&interface.host_dev_name)?;
@@ -335,9 +342,16 @@ impl Running {
     fn patch_drive(&mut self, update: DriveUpdate, machine: &Machine) -> Result<Answer, Fault> {
         let drive = self.config.drives.iter_mut().find(|drive| drive.drive_id == update.drive_id);
         let drive = drive.ok_or_else(|| Fault::NoDrive(update.drive_id.clone()))?;
+        let changes = update.path_on_host.is_some() || update.rate_limiter.is_some();
+        if drive.socket.is_some() == changes {
+            return Err(Fault::OtherBackend);
+        }
+        if !changes {
+            machine.refresh_disk(&update.drive_id).map_err(Fault::PatchBackend)?;
+        }
         if let Some(path) = update.path_on_host {
             machine.replace_disk(&update.drive_id, &path)?;
-            drive.path_on_host = path;
+            drive.path_on_host = Some(path);
         }
         if let Some(limiter) = update.rate_limiter {
             machine.limit_disk(&update.drive_id, limiter.into());
@@ -392,7 +406,7 @@ mod tests {
     struct Nothing;
 
     impl Builder for Nothing {
-        fn build(&self, _: &Config) -> Result<Machine, builder::Error> {
+        fn build(&self, _: &Config, _: &mut Backends) -> Result<Machine, builder::Error> {
             Err(builder::Error::TooManyDevices)
         }
         fn restore(
@@ -488,13 +502,27 @@ mod tests {
         let (x, y) = (file("x"), file("y"));
         let (vm, _) = ask(vm, "PUT", "/drives/a", &drive(&x));
         let (vm, _) = ask(vm, "PUT", "/drives/a", &drive(&y));
-        assert_eq!(vm.config.drives.iter().map(|d| &d.path_on_host).collect::<Vec<_>>(), [&y]);
+        assert_eq!(vm.config.drives.iter().map(|d| &d.path_on_host).collect::<Vec<_>>(), [&Some(y)]);
         let (vm, answer) = ask(vm, "PUT", "/drives/b", &drive(&x).replace("\"a\"", "\"b\""));
         assert_eq!(
             answer.unwrap_err().to_string(),
             "Drive config error: A root block device already exists!"
         );
-        let (_, answer) = ask(vm, "PUT", "/drives/a", &drive(Path::new("/nonexistent")));
+        let (vm, answer) = ask(vm, "PUT", "/drives/a", &drive(Path::new("/nonexistent")));
         assert!(matches!(answer, Err(Fault::Drive(_))));
+        let served = json!({"drive_id": "a", "is_root_device": false, "socket": "/nonexistent"});
+        let (vm, answer) = ask(vm, "PUT", "/drives/a", &served.to_string());
+        assert_eq!(
+            answer.unwrap_err().to_string(),
+            "Drive config error: Unable to create the virtio block device: Vhost user backend error: Vhost-user error: \
+             Failed to connect to UDS Unix stream: No such file or directory (os error 2)"
+        );
+        let both = json!({"drive_id": "a", "is_root_device": false, "socket": "/s", "path_on_host": x});
+        let (vm, answer) = ask(vm, "PUT", "/drives/a", &both.to_string());
+        assert_eq!(
+            answer.unwrap_err().to_string(),
+            "Drive config error: Unable to create the virtio block device: Invalid block config."
+        );
+        assert_eq!(vm.config.drives.len(), 1);
     }
 }

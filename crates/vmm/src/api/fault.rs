@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kapsel_devices::{balloon, block, net};
+use kapsel_devices::{balloon, block, net, vhost_user};
 
 use crate::x86::template;
 use crate::{builder, config, metrics, mmds, snapshot};
@@ -36,6 +36,21 @@ pub enum Fault {
     /// The disk's file cannot be used.
     #[error("Drive config error: Unable to create the virtio block device: {0}")]
     Drive(#[source] block::Error),
+    /// The disk's process cannot be used.
+    #[error(
+        "Drive config error: Unable to create the virtio block device: Vhost user backend error: Vhost-user error: {0}"
+    )]
+    Backend(#[source] vhost_user::Error),
+    /// The disk is not one that can be changed so.
+    #[error(
+        "Drive config error: Unable to patch the block device: Block: Running method expected different backend. Please verify the request arguments."
+    )]
+    OtherBackend,
+    /// The disk's process does not say what has changed.
+    #[error(
+        "Drive config error: Unable to patch the block device: Block: Vhost user backend error: Vhost error: {0} Please verify the request arguments."
+    )]
+    PatchBackend(#[source] vhost_user::Error),
     /// No disk of that name.
     #[error(
         "Drive config error: Unable to patch the block device: there is no drive {0} Please verify the request arguments."

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use kapsel_devices::Memory;
 use kapsel_devices::dirty::{Dirty, PAGE};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
@@ -18,7 +18,7 @@ use vm_memory::{
 };
 
 use super::{Error, Kind};
-use crate::memory::ranges;
+use crate::memory::{HugePages, ranges, share};
 
 /// Memory is looked at in pieces of this size, in bytes.
 const PIECE: u64 = 64 * 1024;
@@ -137,12 +137,42 @@ pub fn load(mib: u64, path: &Path, tracked: bool) -> Result<Memory, Error> {
     Memory::from_regions(regions).map_err(|e| failed(std::io::Error::other(e)))
 }
 
+/// Copies a file into memory that other processes can map as well, for a guest with so many MiB: a private mapping of the file shows
+/// them nothing of what the guest writes. Holes stay holes.
+///
+/// # Errors
+/// As for [`load`]; [`Error::Build`] without memory.
+pub fn copy(mib: u64, path: &Path) -> Result<Memory, Error> {
+    let failed = |e| Error::file("copy the memory", path, e);
+    let mut file = File::open(path).map_err(failed)?;
+    let found = file.metadata().map_err(failed)?.len();
+    if found != mib << 20 {
+        return Err(Error::MemorySize { expected: mib << 20, found });
+    }
+    let memory = share(mib, HugePages::None, false).map_err(|e| Box::new(e.into()))?;
+    let mut offset = 0;
+    for region in memory.iter() {
+        let (start, end) = (offset, offset + region.len());
+        while let Ok(data) = rustix::fs::seek(&file, SeekFrom::Data(offset))
+            && data < end
+        {
+            offset = rustix::fs::seek(&file, SeekFrom::Hole(data)).map_err(|e| failed(e.into()))?.min(end);
+            rustix::fs::seek(&file, SeekFrom::Start(data)).map_err(|e| failed(e.into()))?;
+            let (at, length) = (MemoryRegionAddress(data - start), (offset - data) as usize);
+            let read = region.read_exact_volatile_from(at, &mut file, length);
+            read.map_err(|e| failed(std::io::Error::other(e)))?;
+        }
+        offset = end;
+    }
+    Ok(memory)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
-    use crate::memory::{HugePages, allocate};
+    use crate::memory::allocate;
 
     #[test]
     fn memory_comes_back_as_it_was_and_the_file_stays_as_it_is() {
@@ -215,9 +245,26 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_has_what_the_file_has_and_its_holes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("memory");
+        let memory = allocate(4096, HugePages::None, false).unwrap();
+        let places = [0x1000, 0x20_0ffc, 0xbfff_fffb, 0x1_0000_0000, 0x1_3fff_fffb];
+        places.iter().for_each(|place| memory.write_slice(b"found", GuestAddress(*place)).unwrap());
+        save(&memory, &path, Kind::Full).unwrap();
+        let copied = copy(4096, &path).unwrap();
+        places.iter().for_each(|place| assert_eq!(&bytes(&copied, *place), b"found", "{place:#x}"));
+        let file = copied.iter().next().unwrap().file_offset().unwrap();
+        assert!(file.file().metadata().unwrap().blocks() * 512 <= 1 << 20, "zeroes take no memory");
+        copied.write_slice(b"other", GuestAddress(0x1000)).unwrap();
+        assert_eq!(&bytes(&load(4096, &path, false).unwrap(), 0x1000), b"found", "the file stays as it is");
+    }
+
+    #[test]
     fn a_file_of_another_size_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len((8 << 20) - 1).unwrap();
+        assert!(matches!(copy(8, file.path()), Err(Error::MemorySize { .. })));
         assert!(matches!(load(8, file.path(), false), Err(Error::MemorySize { .. })));
         assert!(matches!(load(8, Path::new("/nonexistent"), false), Err(Error::File { .. })));
     }

@@ -72,6 +72,9 @@ pub struct Load {
     /// them again.
     #[serde(default)]
     pub network_additions: Vec<config::NetworkInterface>,
+    /// Directories that the saved machine did not share, in such places as well.
+    #[serde(default)]
+    pub share_additions: Vec<config::Share>,
     /// Another socket for the socket device.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
@@ -118,14 +121,18 @@ impl Load {
     /// Gets the memory of such a machine, and what has to be kept for as long as it is used.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] when it is not said where it is, or twice, or what [`memory::load`] and [`served::connect`] say.
+    /// [`Error::NoMemory`] when it is not said where it is, or twice, [`Error::ServedAndShared`], or what [`memory::load`],
+    /// [`memory::copy`] and [`served::connect`] say.
     pub fn memory(&self, machine: &config::MachineConfig) -> Result<(Memory, Option<OwnedFd>), Error> {
         let (kind, path) = match (&self.mem_backend, &self.mem_file_path) {
             (Some(backend), None) => (backend.backend_type, &backend.backend_path),
             (None, Some(path)) => (BackendType::File, path),
             _ => return Err(Error::NoMemory),
         };
+        let shared = !self.share_additions.is_empty();
         match kind {
+            BackendType::Uffd if shared => Err(Error::ServedAndShared),
+            BackendType::File if shared => Ok((memory::copy(machine.mem_size_mib, path)?, None)),
             BackendType::File => {
                 Ok((memory::load(machine.mem_size_mib, path, machine.track_dirty_pages)?, None))
             }
@@ -139,8 +146,10 @@ impl Load {
     /// Makes the changes to what the machine is made of.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] when there is nothing to change, [`Error::Config`] when there is no place for something new.
+    /// [`Error::NoDevice`] when there is nothing to change, [`Error::Config`] when there is no place for something new,
+    /// [`Error::NotSaved`] for a machine that nobody can have saved.
     pub fn apply(&self, config: &mut config::Config) -> Result<(), Error> {
+        Error::check_served(config)?;
         for change in &self.network_overrides {
             let mut interfaces =
                 config.network_interfaces.iter_mut().chain(&mut config.late_network_interfaces);
@@ -152,10 +161,13 @@ impl Load {
             let vsock = config.vsock.as_mut().ok_or_else(|| Error::NoDevice("vsock".into()))?;
             vsock.uds_path.clone_from(&change.uds_path);
         }
-        if !self.network_additions.is_empty() {
-            config.late_network_interfaces.extend_from_slice(&self.network_additions);
-            config.check()?;
-        }
+        config.late_network_interfaces.extend_from_slice(&self.network_additions);
+        // A machine that shares is never saved, so that nobody has to know which of its places were spare.
+        let places = config.spare_places;
+        let left = usize::from(places).checked_sub(self.share_additions.len());
+        config.spare_places = left.ok_or(config::Error::NoSparePlace(places))? as u8;
+        config.shares.extend_from_slice(&self.share_additions);
+        config.check()?;
         config.machine_config.track_dirty_pages = self.track_dirty_pages || self.enable_diff_snapshots;
         Ok(())
     }
@@ -249,6 +261,14 @@ pub enum Error {
     /// The memory's file has to be named once.
     #[error("either mem_backend or mem_file_path says where the memory is")]
     NoMemory,
+    /// Both at once.
+    #[error("memory that another process brings cannot be shared with those that serve directories")]
+    ServedAndShared,
+    /// Other processes' devices. The words are Firecracker's.
+    #[error(
+        "Cannot save the microVM state: Operation not allowed: Devices without snapshot support are present: {0}"
+    )]
+    NotSaved(String),
     /// A change for what is not there.
     #[error("the snapshot has no device {0}")]
     NoDevice(String),
@@ -261,6 +281,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Refuses a machine with devices whose state other processes have.
+    ///
+    /// # Errors
+    /// [`Error::NotSaved`].
+    pub fn check_served(config: &config::Config) -> Result<(), Self> {
+        let devices = config.served_elsewhere();
+        if devices.is_empty() { Ok(()) } else { Err(Error::NotSaved(devices.join(","))) }
+    }
+
     fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
         Error::File { action, path: path.to_owned(), source }
     }
