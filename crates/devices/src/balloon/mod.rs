@@ -32,7 +32,11 @@ const REQUEST_PAGES_MAX: usize = 4096;
 const ACTUAL: u64 = 4;
 
 /// Pages go back to the host.
-const CALLS: &[SystemCall] = &[only(libc::SYS_madvise, 2, libc::MADV_DONTNEED as u32), TIMER];
+const CALLS: &[SystemCall] = &[
+    only(libc::SYS_madvise, 2, libc::MADV_DONTNEED as u32),
+    only(libc::SYS_madvise, 2, libc::MADV_REMOVE as u32),
+    TIMER,
+];
 const TIMER: SystemCall = any(libc::SYS_timerfd_settime);
 
 /// What a balloon is made of.
@@ -290,9 +294,10 @@ impl Device for Balloon {
             return Ok(false);
         };
         let (role, memory, counters) = (*role, queue.memory().clone(), &mut self.counters);
+        let pages = Pages { memory: &memory, advice: advice(&memory) };
         queue.serve(|chain| {
             match chain {
-                Ok(chain) => give_up(&memory, role, chain, counters),
+                Ok(chain) => pages.give_up(role, chain, counters),
                 Err(error) => tracing::debug!(%error, "a request to the balloon is malformed"),
             }
             Some(0)
@@ -300,67 +305,82 @@ impl Device for Balloon {
     }
 }
 
-fn give_up(memory: &Memory, role: Role, chain: Chain<'_>, counters: &mut Counters) {
-    match role {
-        Role::Inflate => {
-            counters.inflate_count += 1;
-            give_up_numbers(memory, chain.readable);
-        }
-        Role::Reporting => {
-            counters.free_page_report_count += 1;
-            chain.writable.slices().for_each(release);
-        }
-        // A page that the guest takes back comes when it is touched.
-        Role::Deflate => counters.deflate_count += 1,
-        Role::Statistics => {}
-    }
+/// How pages are given back. Those of a file that others have mapped too, a back end's, are taken out of the file: they would stay there
+/// otherwise.
+fn advice(memory: &Memory) -> i32 {
+    let shared = memory.iter().any(|region| region.get_mmap().flags() & libc::MAP_SHARED != 0);
+    if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED }
 }
 
-/// Releases pages by their numbers; neighbours together.
-fn give_up_numbers(memory: &Memory, mut numbers: Buffers<'_>) {
-    let mut run: Option<(u64, u64)> = None;
-    for _ in 0..REQUEST_PAGES_MAX {
-        let Ok(number) = numbers.read_obj::<u32>() else { break };
-        let number = u64::from(u32::from_le(number));
-        run = match run {
-            Some((first, count)) if number == first + count => Some((first, count + 1)),
-            Some((first, count)) if number + 1 == first => Some((number, count + 1)),
-            other => {
-                release_run(memory, other);
-                Some((number, 1))
+/// The guest's memory, of which the host gets pages back.
+struct Pages<'a> {
+    memory: &'a Memory,
+    advice: i32,
+}
+
+impl Pages<'_> {
+    fn give_up(&self, role: Role, chain: Chain<'_>, counters: &mut Counters) {
+        match role {
+            Role::Inflate => {
+                counters.inflate_count += 1;
+                self.give_up_numbers(chain.readable);
             }
-        };
-    }
-    release_run(memory, run);
-}
-
-fn release_run(memory: &Memory, run: Option<(u64, u64)>) {
-    let Some((first, count)) = run else { return };
-    match memory.get_slice(GuestAddress(first * PAGE), (count * PAGE) as usize) {
-        Ok(slice) => release(&slice),
-        // A run across the hole between two parts of memory, or outside of it.
-        Err(error) if count == 1 => {
-            tracing::debug!(%error, "the balloon was given a page that does not exist")
+            Role::Reporting => {
+                counters.free_page_report_count += 1;
+                chain.writable.slices().for_each(|slice| self.release(slice));
+            }
+            // A page that the guest takes back comes when it is touched.
+            Role::Deflate => counters.deflate_count += 1,
+            Role::Statistics => {}
         }
-        Err(_) => (first..first + count).for_each(|page| release_run(memory, Some((page, 1)))),
     }
-}
 
-/// Gives the whole pages in a range of the guest's memory back to the host. They read as zeroes, or as the file behind the
-/// memory, when the guest touches them again.
-fn release(slice: &Slice<'_>) {
-    let guard = slice.ptr_guard_mut();
-    let start = guard.as_ptr();
-    let skip = start.align_offset(PAGE as usize);
-    let length = slice.len().saturating_sub(skip) / PAGE as usize * PAGE as usize;
-    if length == 0 {
-        return;
+    /// Releases pages by their numbers; neighbours together.
+    fn give_up_numbers(&self, mut numbers: Buffers<'_>) {
+        let mut run: Option<(u64, u64)> = None;
+        for _ in 0..REQUEST_PAGES_MAX {
+            let Ok(number) = numbers.read_obj::<u32>() else { break };
+            let number = u64::from(u32::from_le(number));
+            run = match run {
+                Some((first, count)) if number == first + count => Some((first, count + 1)),
+                Some((first, count)) if number + 1 == first => Some((number, count + 1)),
+                other => {
+                    self.release_run(other);
+                    Some((number, 1))
+                }
+            };
+        }
+        self.release_run(run);
     }
-    // SAFETY: the range is within `slice`, a checked part of the guest's memory, which stays mapped as long as the guard
-    // lives. The contents change as if the guest had written zeroes; only the guest relies on them.
-    let result = unsafe { libc::madvise(start.wrapping_add(skip).cast(), length, libc::MADV_DONTNEED) };
-    if result != 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), "pages were not given back to the host");
+
+    fn release_run(&self, run: Option<(u64, u64)>) {
+        let Some((first, count)) = run else { return };
+        match self.memory.get_slice(GuestAddress(first * PAGE), (count * PAGE) as usize) {
+            Ok(slice) => self.release(&slice),
+            // A run across the hole between two parts of memory, or outside of it.
+            Err(error) if count == 1 => {
+                tracing::debug!(%error, "the balloon was given a page that does not exist")
+            }
+            Err(_) => (first..first + count).for_each(|page| self.release_run(Some((page, 1)))),
+        }
+    }
+
+    /// Gives the whole pages in a range of the guest's memory back to the host. They read as zeroes, or as the file behind the
+    /// memory, when the guest touches them again.
+    fn release(&self, slice: &Slice<'_>) {
+        let guard = slice.ptr_guard_mut();
+        let start = guard.as_ptr();
+        let skip = start.align_offset(PAGE as usize);
+        let length = slice.len().saturating_sub(skip) / PAGE as usize * PAGE as usize;
+        if length == 0 {
+            return;
+        }
+        // SAFETY: the range is within `slice`, a checked part of the guest's memory, which stays mapped as long as the guard
+        // lives. The contents change as if the guest had written zeroes; only the guest relies on them.
+        let result = unsafe { libc::madvise(start.wrapping_add(skip).cast(), length, self.advice) };
+        if result != 0 {
+            tracing::debug!(error = %std::io::Error::last_os_error(), "pages were not given back to the host");
+        }
     }
 }
 
@@ -404,6 +424,22 @@ mod tests {
         inflate(&mut rig, &[0x21, 0x22, 0x25, 0x24, 0x2f]);
         assert_eq!(kept(&rig), [0, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14]);
         assert_eq!(rig.drivers[0].get(FILLED + PAGE, 4096), [0; 4096]);
+    }
+
+    #[test]
+    fn pages_that_others_have_mapped_leave_the_file() {
+        use std::os::unix::fs::MetadataExt;
+        use vm_memory::{Bytes, GuestMemoryRegion};
+
+        let memory = crate::testing::shared_memory();
+        memory.write_slice(&[1; 4 * PAGE as usize], GuestAddress(0)).unwrap();
+        let blocks = || {
+            let file = memory.iter().next().unwrap().file_offset().unwrap().file();
+            file.metadata().unwrap().blocks() * 512 / PAGE
+        };
+        assert_eq!(blocks(), 4);
+        Pages { memory: &memory, advice: advice(&memory) }.release_run(Some((1, 2)));
+        assert_eq!(blocks(), 2);
     }
 
     #[test]
