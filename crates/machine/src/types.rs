@@ -26,10 +26,8 @@ impl Probe {
 pub struct Capabilities {
     /// [`crate::Machine::snapshot`] and [`crate::Monitor::restore`].
     pub snapshot: bool,
-    /// [`crate::Attachment::Share`] and shares in the spec.
-    pub shares: bool,
-    /// Network interfaces: [`crate::MachineSpec::nics`].
-    pub nics: bool,
+    /// The most shares and network interfaces together.
+    pub places: usize,
     /// [`crate::Accel::Tcg`].
     pub tcg: bool,
     /// The most processors.

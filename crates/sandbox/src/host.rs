@@ -30,9 +30,9 @@ pub enum Error {
 /// What a machine shall be, as far as monitors differ in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// It shares directories of the host.
-    pub shares: bool,
-    /// It has a network.
+    /// How many directories of the host it shares.
+    pub shares: usize,
+    /// It has a network, of one interface at least.
     pub network: bool,
     /// Virtual processors.
     pub vcpus: u32,
@@ -43,11 +43,11 @@ pub struct Needs {
 impl Needs {
     /// What a monitor lacks of it, if anything.
     fn lacking(&self, can: &Capabilities) -> Result<(), String> {
-        if self.shares && !can.shares {
-            return Err("it cannot share directories of the host yet".into());
-        }
-        if self.network && !can.nics {
-            return Err("it cannot have the sandbox's network yet".into());
+        if self.shares + usize::from(self.network) > can.places {
+            return Err(format!(
+                "it has {} places for shared directories and network interfaces",
+                can.places
+            ));
         }
         if self.vcpus > can.vcpus {
             return Err(format!("it has at most {} processors", can.vcpus));
@@ -152,25 +152,19 @@ mod tests {
 
     #[test]
     fn qemu_where_kapsel_vmm_does_not_fit_and_why_is_said() {
-        let can = Capabilities {
-            snapshot: true,
-            shares: false,
-            nics: false,
-            tcg: false,
-            vcpus: 32,
-            memory_mib: 65536,
-        };
-        let needs = Needs { shares: true, ..Needs::default() };
+        let can = Capabilities { snapshot: true, places: 2, tcg: false, vcpus: 32, memory_mib: 65536 };
+        let needs = Needs { shares: 3, ..Needs::default() };
         let lack = needs.lacking(&can);
         for wanted in [Isolation::Auto, Isolation::Kvm] {
             let (isolation, reason) = decide(wanted, || KvmVerdict::Native, lack.clone()).unwrap();
             assert_eq!(isolation, Isolation::QemuKvm);
-            assert!(reason.contains("kapsel-vmm: it cannot share directories"), "{reason}");
+            assert!(reason.contains("kapsel-vmm: it has 2 places for shared directories"), "{reason}");
         }
         let error = decide(Isolation::KapselVmm, || KvmVerdict::Native, lack).unwrap_err();
-        assert!(matches!(error, Error::Unfit(_)) && error.to_string().contains("share directories"));
+        assert!(matches!(error, Error::Unfit(_)) && error.to_string().contains("2 places"));
         let fits = |vcpus, memory_mib| Needs { vcpus, memory_mib, ..Needs::default() }.lacking(&can).is_ok();
-        assert!(Needs { network: true, ..Needs::default() }.lacking(&can).is_err());
+        let plugs = |shares, network| Needs { shares, network, ..Needs::default() }.lacking(&can).is_ok();
+        assert!(plugs(2, false) && plugs(1, true) && !plugs(2, true));
         assert!(fits(32, 65536) && !fits(33, 64) && !fits(1, 65537));
     }
 }

@@ -8,6 +8,7 @@
 mod containers;
 mod host;
 mod network;
+mod shares;
 
 use std::process::ExitCode;
 

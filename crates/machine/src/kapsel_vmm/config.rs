@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::{NICS_MAX, TAPS, paths};
+use super::{PLACES, SHARES, TAPS, paths};
 use crate::spec::NEEDLESS;
-use crate::{MachineSpec, Nic};
+use crate::{MachineSpec, Nic, Share};
 
 /// The guest's address on its vsock. Each machine has a device of its own, so they may all have the same.
 const CID: u32 = 3;
@@ -38,18 +38,26 @@ pub(super) fn of(spec: &MachineSpec) -> Value {
         },
         "machine-config": { "vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_mib },
         "drives": drives.collect::<Vec<_>>(),
-        "spare-places": NICS_MAX,
+        "spare-places": PLACES,
         "vsock": { "guest_cid": CID, "uds_path": paths::VSOCK },
         "balloon": { "amount_mib": 0, "deflate_on_oom": true, "free_page_reporting": true },
         "entropy": {},
     })
 }
 
-/// The same with what a clone would bring: its network interfaces.
-pub(super) fn with_nics(spec: &MachineSpec) -> Value {
+/// The same with what a clone would bring: its network interfaces and shares.
+pub(super) fn whole(spec: &MachineSpec) -> Value {
     let mut config = of(spec);
     config["late-network-interfaces"] = nics(spec);
+    config["shares"] = shares(spec);
+    config["spare-places"] = json!(PLACES - spec.shares.len());
     config
+}
+
+/// The shares. The connections to their servers are open in the jail.
+pub(super) fn shares(spec: &MachineSpec) -> Value {
+    let share = |(n, share): (usize, &Share)| json!({ "tag": share.tag, "socket": format!("fd:{}", SHARES + n as i32) });
+    spec.shares.iter().enumerate().map(share).collect()
 }
 
 /// The network interfaces. Their taps are open in the jail.
@@ -67,7 +75,7 @@ mod tests {
 
     #[test]
     fn a_machine_is_described_by_what_its_jail_has() {
-        let config = of(&super::super::tests::spec());
+        let config = whole(&super::super::tests::spec());
         let drive = &config["drives"][0];
         assert_eq!((&drive["drive_id"], &drive["path_on_host"]), (&json!("rootfs"), &json!("/disks/rootfs")));
         assert_eq!(drive["is_read_only"], true);

@@ -44,7 +44,9 @@ impl VmmMachine {
         fingerprint: String,
         phases: Vec<(&str, Duration)>,
     ) -> VmmMachine {
-        VmmMachine { process, api, spec: spec.clone(), fingerprint, session: Session::new(phases) }
+        // What was passed to the monitor is closed here: a back end sees its end when the monitor has ended, and taps go with it.
+        let spec = MachineSpec { shares: Vec::new(), nics: Vec::new(), ..spec.clone() };
+        VmmMachine { process, api, spec, fingerprint, session: Session::new(phases) }
     }
 
     async fn set_state(&self, state: &'static str) -> Result<()> {
@@ -149,7 +151,7 @@ impl Machine for VmmMachine {
 
     async fn attach(&self, attachment: Attachment) -> Result<()> {
         let Attachment::Share(_) = attachment;
-        Err(Error::Unsupported { monitor: NAME, what: "share directories".into() })
+        Err(Error::Unsupported { monitor: NAME, what: "share a directory with a machine that runs".into() })
     }
 
     fn console(&self) -> Vec<u8> {

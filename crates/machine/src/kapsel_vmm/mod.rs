@@ -26,13 +26,16 @@ const NAME: &str = "kapsel-vmm";
 
 /// What it can do.
 const CAPABILITIES: Capabilities =
-    Capabilities { snapshot: true, shares: false, nics: true, tcg: false, vcpus: 32, memory_mib: 64 * 1024 };
+    Capabilities { snapshot: true, places: PLACES, tcg: false, vcpus: 32, memory_mib: 64 * 1024 };
 
-/// The most network interfaces. The guest knows of a place for each, and finds it empty unless there is one.
-const NICS_MAX: usize = 8;
+/// The most shares and network interfaces together. The guest knows of a place for each, and finds it empty unless there is one. A
+/// machine has 18; disks, channel, balloon and entropy take five.
+const PLACES: usize = 13;
 
 /// The descriptor of the first interface's tap in the jail; the others follow.
 const TAPS: i32 = 10;
+/// The descriptor of the connection to the first share's server; the others follow.
+const SHARES: i32 = TAPS + PLACES as i32;
 
 /// Paths in the jail.
 mod paths {
@@ -126,6 +129,7 @@ impl Monitor for KapselVmm {
             "mem_backend": { "backend_type": "File", "backend_path": paths::SAVED_MEMORY },
             "resume_vm": true,
             "network_additions": config::nics(spec),
+            "share_additions": config::shares(spec),
         });
         machine::ask(&process, &api, "load the saved machine", api::Request::put("/snapshot/load", load))
             .await?;
@@ -138,14 +142,14 @@ impl Monitor for KapselVmm {
 fn check(spec: &MachineSpec) -> Result<()> {
     let unsupported = |what: &str| Err(Error::Unsupported { monitor: NAME, what: what.to_owned() });
     let invalid = |what: String| Err(Error::Invalid { name: spec.name.clone(), what });
-    if !spec.shares.is_empty() {
-        return unsupported("share directories");
+    let (shares, nics) = (spec.shares.len(), spec.nics.len());
+    if shares + nics > PLACES {
+        let what = "shared directories and network interfaces";
+        return invalid(format!("{shares} and {nics} {what}; it can have {PLACES} of both together"));
     }
-    if spec.nics.len() > NICS_MAX {
-        return invalid(format!("{} network interfaces; it can have {NICS_MAX}", spec.nics.len()));
-    }
-    if spec.template && !spec.nics.is_empty() {
-        return invalid("a template cannot have network interfaces: its clones bring them".into());
+    if spec.template && shares + nics > 0 {
+        let what = "a template cannot have shared directories or network interfaces: its clones bring them";
+        return invalid(what.into());
     }
     if spec.accel != Accel::Kvm {
         return unsupported("do without KVM");
@@ -206,8 +210,8 @@ mod tests {
         };
         let socket = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
         let share = Share { tag: "tag0".into(), socket };
-        let error = refused(&|spec| spec.shares.push(share.clone())).await;
-        assert_eq!(error.to_string(), "kapsel-vmm cannot share directories");
+        let error = refused(&|spec| spec.shares = vec![share.clone(); 14]).await;
+        assert!(error.to_string().contains("14 and 0 shared directories"), "{error}");
         let error = refused(&|spec| spec.accel = Accel::Tcg).await;
         assert!(matches!(error, Error::Unsupported { monitor: "kapsel-vmm", .. }));
         for change in [
@@ -219,8 +223,12 @@ mod tests {
             assert!(matches!(refused(change).await, Error::Invalid { .. }));
         }
         let nic = Nic { mac: [2; 6], tap: Arc::new(std::fs::File::open("/dev/null").unwrap().into()) };
-        let error = refused(&|spec| spec.nics = vec![nic.clone(); 9]).await;
-        assert!(error.to_string().contains("9 network interfaces; it can have 8"), "{error}");
+        let many = |spec: &mut MachineSpec| {
+            spec.nics = vec![nic.clone(); 8];
+            spec.shares = vec![share.clone(); 6];
+        };
+        let error = refused(&many).await;
+        assert!(error.to_string().contains("6 and 8 shared directories and network"), "{error}");
         let template = |spec: &mut MachineSpec| {
             spec.template = true;
             spec.nics.push(nic.clone());

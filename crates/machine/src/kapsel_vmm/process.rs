@@ -9,7 +9,7 @@ use std::time::Duration;
 use kapsel_jail::{Jail, profiles};
 
 use super::api::{Api, Socket};
-use super::{NAME, TAPS, config, paths};
+use super::{NAME, SHARES, TAPS, config, paths};
 use crate::error::Context;
 use crate::process::{Output, Process, give, identity, pair};
 use crate::{Error, MachineSpec, Result};
@@ -56,6 +56,10 @@ pub(super) async fn start(program: &Path, spec: &MachineSpec, from: From<'_>) ->
         let tap = nic.tap.try_clone().context(|| "cannot duplicate a descriptor".into())?;
         jail = jail.fd(tap, TAPS + n as i32);
     }
+    for (n, share) in spec.shares.iter().enumerate() {
+        let connection = share.socket.try_clone().context(|| "cannot duplicate a descriptor".into())?;
+        jail = jail.fd(connection, SHARES + n as i32);
+    }
     if spec.template {
         jail = jail
             .bind_rw(saved_file(spec, "state")?, paths::STATE)
@@ -99,7 +103,7 @@ fn sockets(spec: &MachineSpec) -> Result<PathBuf> {
 fn description(spec: &MachineSpec) -> Result<PathBuf> {
     let path = spec.dir.join("machine.json");
     let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
-    let written = file.and_then(|mut file| file.write_all(config::with_nics(spec).to_string().as_bytes()));
+    let written = file.and_then(|mut file| file.write_all(config::whole(spec).to_string().as_bytes()));
     written.context(|| format!("cannot write {}", path.display()))?;
     give(&path, spec)?;
     Ok(path)

@@ -103,8 +103,7 @@ impl Monitor for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             snapshot: true,
-            shares: true,
-            nics: true,
+            places: args::MAX_PLUGGED,
             tcg: true,
             vcpus: args::MAX_CPUS,
             memory_mib: u32::MAX,

@@ -54,8 +54,8 @@ pub struct Occupant<'a> {
     pub rootfs: Option<PathBuf>,
     /// The scratch disk.
     pub scratch: Option<PathBuf>,
-    /// Whether it shares directories of the host.
-    pub shares: bool,
+    /// How many directories of the host it shares.
+    pub shares: usize,
     /// Whether it has a network.
     pub network: bool,
     /// Its cgroup.

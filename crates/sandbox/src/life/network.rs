@@ -12,7 +12,7 @@ use kapsel_network::{
 };
 use kapsel_protocol::{api, limits};
 
-use super::{Error, guest_spec::MAX_SHARES};
+use super::Error;
 use crate::network::Network;
 
 /// A connection as long as the sandbox lives; dropping it undoes it.
@@ -36,8 +36,8 @@ pub struct Request<'a> {
     pub network: Network,
     /// What must be undone is noted here before it is done.
     pub note: &'a Path,
-    /// How many directories it shares: they take the same places.
-    pub shares: usize,
+    /// How many places its machine has left: shared directories take the same.
+    pub places: usize,
     /// The bridge's network.
     pub subnet: Subnet,
     /// The sandbox's id.
@@ -61,7 +61,7 @@ impl Connection {
     /// # Errors
     /// When the network is not there or cannot be had.
     pub async fn make(request: Request<'_>) -> Result<(Self, Plugs), Error> {
-        let room = limits::INTERFACES_MAX.min(MAX_SHARES.saturating_sub(request.shares));
+        let room = limits::INTERFACES_MAX.min(request.places);
         let (note, subnet) = (request.note.to_owned(), request.subnet);
         let (id, name) = (request.id.to_owned(), request.name.to_owned());
         // The kernel is fast, but its locks are shared with all of the host.
@@ -71,9 +71,10 @@ impl Connection {
                 let (taken, ports) = Taken::take(&path, &note, room)?;
                 Ok((Self::Taken { _taken: taken }, ports))
             }
-            Network::Bridge if room == 0 => Err(Error::Resources(format!(
-                "{MAX_SHARES} shared directories leave no place for a network; share fewer"
-            ))),
+            Network::Bridge if room == 0 => {
+                let what = "the shared directories leave no place for a network; share fewer";
+                Err(Error::Resources(what.into()))
+            }
             Network::Bridge => {
                 let (attached, port) = bridge::attach(subnet, Guest { id: &id, name: &name })?;
                 Ok((Self::Bridge(attached), vec![port]))

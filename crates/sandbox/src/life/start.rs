@@ -115,7 +115,7 @@ impl Sandbox {
         let scratch = storage.map(|size| Scratch::make(&self.paths, name, size)).transpose()?;
         let log = self.output_log(&plan)?;
         let prepared = Prepared::of(&guest_spec, disk.as_ref(), scratch.is_some());
-        let mut blueprint = self.draw(disk, &scratch, !guest_spec.shares.is_empty())?;
+        let mut blueprint = self.draw(disk, &scratch, guest_spec.shares.len())?;
         drop(phase);
 
         // 2. File servers, so that the machine finds them.
@@ -131,15 +131,17 @@ impl Sandbox {
         drop(phase);
 
         // 3. The network.
-        let Plugs { nics, interfaces } = self.connect(guest_spec.shares.len()).await?;
+        let places = blueprint.monitor.capabilities().places.saturating_sub(guest_spec.shares.len());
+        let Plugs { nics, interfaces } = self.connect(places).await?;
         blueprint.spec.nics = nics;
         let forward = self.forward(ports, cgroup.as_ref())?;
 
         // 4. The machine: a clone of a template, or a cold boot.
         let (machine, origin) = self.machine(&blueprint, prepared.as_ref()).await?;
         drop(scratch);
-        // The monitor has the taps now: they shall go with it.
+        // The monitor has taps and connections now: they shall go with it.
         blueprint.spec.nics.clear();
+        blueprint.spec.shares.clear();
         lock(&self.host).machine = Some(machine.clone());
         self.watch_machine(&machine);
         machine
@@ -239,8 +241,8 @@ impl Sandbox {
         self.wishes.network.clone().unwrap_or_else(|| Network::of(&self.spec))
     }
 
-    /// Connects it.
-    async fn connect(&self, shares: usize) -> Result<Plugs, Error> {
+    /// Connects it, in so many of the machine's places.
+    async fn connect(&self, places: usize) -> Result<Plugs, Error> {
         let network = self.network();
         if network == Network::None {
             return Ok(Plugs::default());
@@ -250,7 +252,7 @@ impl Sandbox {
         let (connection, plugs) = Connection::make(network::Request {
             network,
             note: &self.bundle.network(),
-            shares,
+            places,
             subnet: self.config.bridge_subnet(),
             id: self.id.short(),
             name: &name,
@@ -297,7 +299,7 @@ impl Sandbox {
         &self,
         rootfs: Option<PathBuf>,
         scratch: &Option<Scratch>,
-        shares: bool,
+        shares: usize,
     ) -> Result<Blueprint, Error> {
         let dir = self.bundle.machine_dir();
         crate::paths::private_dir(&dir).map_err(|e| Error::Resources(e.to_string()))?;

@@ -193,7 +193,7 @@ fn draw(
         console: None,
         rootfs,
         scratch: wishes.storage.map(|_| scratch_placeholder(paths)).transpose()?,
-        shares: false,
+        shares: 0,
         network: false,
         cgroup: None,
     };

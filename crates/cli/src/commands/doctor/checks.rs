@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use kapsel_guest::{Kernel, KernelSource};
-use kapsel_machine::{Accel, Monitor, Qemu, probe};
+use kapsel_machine::{Accel, Monitor, probe};
 use kapsel_sandbox::host::{Needs, choose};
 use kapsel_sandbox::programs;
 
@@ -73,13 +73,7 @@ pub fn choice(host: &Host) -> Choice {
     let accel = chosen.accel();
     let reason = chosen.reason;
     match accel {
-        Accel::Kvm => {
-            let mut checks = vec![Check::ok("kvm", reason.clone()), monitor];
-            if !chosen.monitor.capabilities().shares {
-                checks.push(shares(host, chosen.monitor.name()));
-            }
-            Choice { isolation, checks, reason }
-        }
+        Accel::Kvm => Choice { isolation, checks: vec![Check::ok("kvm", reason.clone()), monitor], reason },
         Accel::Tcg => Choice {
             isolation,
             checks: vec![Check::warn("kvm", reason.clone(), NO_KVM), monitor],
@@ -100,21 +94,6 @@ fn monitor(monitor: &dyn Monitor) -> Check {
             let (detail, hint) =
                 problem.split_once("; ").unwrap_or((problem, "install another version of the monitor"));
             Check::fail("monitor", detail, hint)
-        }
-    }
-}
-
-/// What runs sandboxes that share directories, where the monitor of the others cannot.
-fn shares(host: &Host, monitor: &str) -> Check {
-    match Qemu::find(host.config.qemu().as_deref()) {
-        Ok(qemu) => {
-            let path = qemu.program().display();
-            Check::ok("shares", format!("by QEMU ({path}), since {monitor} cannot share any yet"))
-        }
-        Err(error) => {
-            let text = error.to_string();
-            let (detail, hint) = text.split_once("; ").unwrap_or((&text, "apt-get install qemu-system-x86"));
-            Check::warn("shares", format!("{detail}, which sandboxes with -v need"), hint)
         }
     }
 }
