@@ -100,19 +100,42 @@ fn check(interface: &api::Interface) -> Result<()> {
     }
 }
 
+/// Takes the driver off the device with this Ethernet address, so that the guest has no such interface any more.
+///
+/// # Errors
+/// When there is none in this network namespace, or the kernel refuses.
+pub fn remove(mac: &[u8]) -> Result<()> {
+    const UNBIND: &str = "/sys/bus/virtio/drivers/virtio_net/unbind";
+    let failed = |e: io::Error| Error::Internal(format!("removing a network interface: {e}"));
+    let links = Socket::open().and_then(|mut socket| links(&mut socket)).map_err(failed)?;
+    let name = links.iter().find(|link| has_address(link, mac)).and_then(|link| {
+        let mut attributes = attributes(link.get(16..).unwrap_or_default());
+        let (_, name) = attributes.find(|(kind, _)| *kind == IFLA_IFNAME)?;
+        String::from_utf8(name.strip_suffix(b"\0")?.to_vec()).ok()
+    });
+    let name = name.ok_or_else(|| Error::NotFound("no network interface has this address".into()))?;
+    let device = std::fs::canonicalize(format!("/sys/class/net/{name}/device")).map_err(failed)?;
+    let device = device.file_name().unwrap_or_default();
+    std::fs::write(UNBIND, device.as_encoded_bytes()).map_err(failed)
+}
+
+fn links(socket: &mut Socket) -> io::Result<Vec<Vec<u8>>> {
+    socket.list(&Message::new(RTM_GETLINK, 0, &[0; 16]))
+}
+
+fn has_address(link: &[u8], mac: &[u8]) -> bool {
+    attributes(link.get(16..).unwrap_or_default()).any(|(kind, value)| kind == IFLA_ADDRESS && value == mac)
+}
+
 /// Waits for the device with an interface's Ethernet address; gives its number.
 async fn appeared(socket: &mut Socket, interface: &api::Interface) -> Result<u32> {
     let mut left = DEVICE_DEADLINE;
     let mut pause = Duration::from_millis(1);
     loop {
-        let links = socket
-            .list(&Message::new(RTM_GETLINK, 0, &[0; 16]))
-            .map_err(|e| Error::Internal(format!("listing the network interfaces: {e}")))?;
-        let ours = |body: &&Vec<u8>| {
-            attributes(body.get(16..).unwrap_or_default())
-                .any(|(kind, value)| kind == IFLA_ADDRESS && value == interface.mac)
-        };
-        if let Some(index) = links.iter().find(ours).and_then(|body| number(body.get(4..8)?)) {
+        let links =
+            links(socket).map_err(|e| Error::Internal(format!("listing the network interfaces: {e}")))?;
+        let ours = links.iter().find(|link| has_address(link, &interface.mac));
+        if let Some(index) = ours.and_then(|body| number(body.get(4..8)?)) {
             return Ok(index);
         }
         let Some(less) = left.checked_sub(pause) else {

@@ -84,6 +84,17 @@ impl Agent for Service {
         Ok(QuiesceResponse::default())
     }
 
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
+        self.sandbox.must_be_configured()?;
+        crate::net::configure(&request.interfaces).await?;
+        Ok(ConnectResponse::default())
+    }
+
+    async fn disconnect(&self, _: &TtrpcContext, request: DisconnectRequest) -> Result<DisconnectResponse> {
+        crate::net::remove(&request.mac)?;
+        Ok(DisconnectResponse::default())
+    }
+
     async fn create(&self, _: &TtrpcContext, request: CreateRequest) -> Result<CreateResponse> {
         let order = self.order.lock().await;
         let mut phases = Phases::start();

@@ -118,14 +118,23 @@ impl Sandbox {
         containers.get(id).cloned().ok_or_else(|| not_found(id))
     }
 
+    /// Refuses what is for a guest that is a machine of its own.
+    ///
+    /// # Errors
+    /// While it is not configured.
+    pub fn must_be_configured(&self) -> Result<()> {
+        match self.is_configured() {
+            true => Ok(()),
+            false => Err(Error::State("the guest is not configured yet".into())),
+        }
+    }
+
     /// A container by name; waits while it is being made.
     ///
     /// # Errors
     /// When there is none.
     pub async fn container(&self, id: &str) -> Result<Arc<Container>> {
-        if !self.is_configured() {
-            return Err(Error::State("the guest is not configured yet".into()));
-        }
+        self.must_be_configured()?;
         self.slot(id)?.lock().await.clone().ok_or_else(|| not_found(id))
     }
 

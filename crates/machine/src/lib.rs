@@ -103,6 +103,13 @@ pub trait Machine: Send + Sync {
     /// [`Error::Unsupported`] when the machine was not started for it.
     async fn attach(&self, attachment: Attachment) -> Result<()>;
 
+    /// Takes the back end of a network interface away, and lets go of its tap. The guest keeps a device without a link, and the device its
+    /// place. Returns at once when there is no interface of that address.
+    ///
+    /// # Errors
+    /// When the monitor does not obey in time or has ended.
+    async fn detach(&self, mac: [u8; 6]) -> Result<()>;
+
     /// The last lines of the guest's console (at most [`CONSOLE_MEMORY`] bytes).
     fn console(&self) -> Vec<u8>;
 

@@ -84,6 +84,8 @@ pub enum Attachment {
     /// A shared directory. The machine must have been started with shared memory (a boot or restore with at least one share, or
     /// [`JailOptions`] that allow it).
     Share(Share),
+    /// A network interface. The machine must have been started with shared memory, as for a share.
+    Nic(Nic),
 }
 
 /// Under whose identity the monitor runs.

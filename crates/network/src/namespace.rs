@@ -31,6 +31,13 @@ impl Namespace {
         }
     }
 
+    /// The same one, for another to hold.
+    pub(crate) fn try_clone(&self) -> Result<Self> {
+        let file = self.file.try_clone();
+        let file = file.map_err(|source| Error::Namespace { path: self.path.clone(), source })?;
+        Ok(Self { file, path: self.path.clone() })
+    }
+
     /// What tells it from every other that exists at the same time.
     pub(crate) fn identity(&self) -> Result<(u64, u64)> {
         let meta = self.file.metadata();

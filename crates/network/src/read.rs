@@ -42,6 +42,13 @@ pub(crate) fn interfaces(socket: &mut Socket) -> Result<Vec<Found>> {
     Ok(found)
 }
 
+/// The numbers of all interfaces, of whatever kind.
+pub(crate) fn indices(socket: &mut Socket) -> Result<Vec<u32>> {
+    let links = socket.list(&Message::new(RTM_GETLINK, 0, &[0; 16]));
+    let links = links.context(|| "list the namespace's interfaces".into())?;
+    Ok(links.iter().filter_map(|body| word(body, 4)).collect())
+}
+
 fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]))
 }

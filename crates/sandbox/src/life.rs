@@ -12,6 +12,7 @@ mod end;
 mod error;
 mod forward;
 pub mod guest_spec;
+mod interfaces;
 mod members;
 mod names;
 mod network;

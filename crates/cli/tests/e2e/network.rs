@@ -176,6 +176,43 @@ fn a_namespace_is_taken_as_it_is_found_and_given_back() {
 }
 
 #[test]
+fn interfaces_come_and_go_while_it_runs() {
+    let world = world!();
+    let wire = Wire::new("later");
+    let before = wire.look();
+    let container = world.container("e2e-net-later", &[&wire.flag()], &["sleep", "999"]);
+    let (near, far) = (&wire.near, &wire.far);
+    let inside = || world.ok(["exec", container.name, "ip", "addr"]);
+    // The second time in another place, since a machine's places are used once.
+    for round in ["a first", "a second"] {
+        for command in [
+            format!(
+                "-n {near} link add later address 02:00:00:00:0a:02 type veth peer name peer2 netns {far}"
+            ),
+            format!("-n {far} addr add 10.10.0.1/24 dev peer2"),
+            format!("-n {far} link set peer2 up"),
+            format!("-n {near} addr add 10.10.0.2/24 dev later"),
+            format!("-n {near} link set later up"),
+            format!("-n {near} route add 203.0.113.0/24 via 10.10.0.1"),
+        ] {
+            ip(&command);
+        }
+        eventually(&format!("the guest has it {round} time"), || inside().contains("inet 10.10.0.2/24"));
+        let routes = world.ok(["exec", container.name, "ip", "route"]);
+        assert!(routes.contains("203.0.113.0/24 via 10.10.0.1 dev later"), "{routes}");
+        for address in ["10.10.0.1", "10.9.0.1"] {
+            let ran = world.run(["exec", container.name, "ping", "-c", "1", "-W", "20", address]);
+            assert!(ran.text().contains("1 packets received"), "{}{}", ran.text(), ran.stderr);
+        }
+        ip(&format!("-n {near} link del later"));
+        eventually("the guest has it no more", || !inside().contains("later"));
+        eventually("its tap is gone", || !ip(&format!("-n {near} link")).contains("kapsel1"));
+    }
+    drop(container);
+    assert_eq!(wire.look(), before);
+}
+
+#[test]
 fn a_killed_shim_leaves_a_namespace_as_it_was() {
     let world = world!();
     let wire = Wire::new("killed");

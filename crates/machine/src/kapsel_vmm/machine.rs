@@ -150,8 +150,16 @@ impl Machine for VmmMachine {
     }
 
     async fn attach(&self, attachment: Attachment) -> Result<()> {
-        let Attachment::Share(_) = attachment;
-        Err(Error::Unsupported { monitor: NAME, what: "share a directory with a machine that runs".into() })
+        let what = match attachment {
+            Attachment::Share(_) => "share a directory with a machine that runs",
+            Attachment::Nic(_) => "give a running machine another network interface",
+        };
+        Err(Error::Unsupported { monitor: NAME, what: what.into() })
+    }
+
+    async fn detach(&self, _: [u8; 6]) -> Result<()> {
+        // What it has, it has from the beginning: the tap is the machine's until its end, and without a link.
+        Ok(())
     }
 
     fn console(&self) -> Vec<u8> {

@@ -206,7 +206,7 @@ pub(super) fn share_chardev(n: usize) -> String {
 pub(super) const PLUGGER: &str = "plugger.0";
 
 /// The back end of the network interface `n`.
-fn nic_backend(n: usize) -> String {
+pub(super) fn nic_backend(n: usize) -> String {
     format!("net{n}")
 }
 

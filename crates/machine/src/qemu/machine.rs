@@ -16,7 +16,9 @@ use crate::error::Context;
 use crate::process::Process;
 use crate::session::Session;
 use crate::snapshot::Meta;
-use crate::{Attachment, Error, ExitReason, Machine, MachineSpec, Phase, Result, Snapshot, Stats};
+use crate::{
+    Attachment, Error, ExitReason, Machine, MachineSpec, Nic, Phase, Result, Share, Snapshot, Stats,
+};
 
 /// How long QEMU may take to obey.
 const COMMAND: Duration = Duration::from_secs(5);
@@ -29,12 +31,22 @@ pub(super) struct QemuMachine {
     spec: MachineSpec,
     fingerprint: String,
     memory: Memory,
-    /// How many shares it has.
-    shares: tokio::sync::Mutex<usize>,
-    /// How many it has room for.
-    most_shares: usize,
+    plugged: tokio::sync::Mutex<Plugged>,
     memory_file: Option<PathBuf>,
     session: Session,
+}
+
+/// What was plugged in, in the order of the places.
+struct Plugged {
+    shares: usize,
+    /// By their addresses; `None` for one that was taken away.
+    nics: Vec<Option<[u8; 6]>>,
+}
+
+impl Plugged {
+    fn is_full(&self) -> bool {
+        self.shares + self.nics.len() >= MAX_PLUGGED
+    }
 }
 
 impl QemuMachine {
@@ -48,8 +60,8 @@ impl QemuMachine {
         phases: Vec<(&str, Duration)>,
     ) -> QemuMachine {
         // What was passed to QEMU is closed here: a back end sees its end when QEMU has ended, and taps go with it.
-        let shares = tokio::sync::Mutex::new(spec.shares.len());
-        let most_shares = MAX_PLUGGED - spec.nics.len();
+        let nics = spec.nics.iter().map(|nic| Some(nic.mac)).collect();
+        let plugged = tokio::sync::Mutex::new(Plugged { shares: spec.shares.len(), nics });
         let spec = MachineSpec { shares: Vec::new(), nics: Vec::new(), ..spec.clone() };
         QemuMachine {
             process,
@@ -57,19 +69,23 @@ impl QemuMachine {
             spec,
             fingerprint,
             memory,
-            shares,
-            most_shares,
+            plugged,
             memory_file,
             session: Session::new(phases),
         }
     }
 
-    /// Executes a control command. QEMU's end ends it at once.
+    /// Executes a control command.
     async fn command(&self, command: &str, arguments: Value) -> Result<Value> {
         let mut qmp = self.qmp.lock().await;
+        self.obeyed(command, qmp.execute(command, arguments, COMMAND)).await
+    }
+
+    /// Waits for what QEMU was told to do. Its end ends that at once.
+    async fn obeyed<T>(&self, command: &str, doing: impl Future<Output = Result<T, QmpError>>) -> Result<T> {
         tokio::select! {
             biased;
-            answer = qmp.execute(command, arguments, COMMAND) => answer.map_err(|error| self.error(command, error)),
+            done = doing => done.map_err(|error| self.error(command, error)),
             exit = self.process.exit() => Err(self.process.ended(exit)),
         }
     }
@@ -154,39 +170,37 @@ impl Machine for QemuMachine {
     }
 
     async fn attach(&self, attachment: Attachment) -> Result<()> {
-        let Attachment::Share(share) = attachment;
-        args::check_tag(&self.spec.name, &share.tag)?;
         let unsupported = |what| Err(Error::Unsupported { monitor: NAME, what });
+        let name = &self.spec.name;
         if self.memory != Memory::Shared {
             return unsupported(format!(
-                "share a directory with the machine {}, which was started without any: its memory is its own",
-                self.spec.name
+                "plug a device into the machine {name}, which was started with memory of its own alone"
             ));
         }
-        let mut shares = self.shares.lock().await;
-        if *shares >= self.most_shares {
-            let (name, most) = (&self.spec.name, self.most_shares);
-            return unsupported(format!("give the machine {name} more than {most} shares"));
+        let mut plugged = self.plugged.lock().await;
+        if plugged.is_full() {
+            return unsupported(format!("give the machine {name} more than {MAX_PLUGGED} devices"));
         }
-        let n = *shares;
-        // Not tried again after a failure: what QEMU has made of it is unknown.
-        *shares += 1;
-        let mut qmp = self.qmp.lock().await;
-        let plugged = async {
-            let chardev = args::share_chardev(n);
-            qmp.send_fd(&chardev, share.socket.as_fd(), COMMAND).await?;
-            let address = json!({ "type": "fd", "data": { "str": chardev } });
-            let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
-            qmp.execute("chardev-add", json!({ "id": chardev, "backend": backend }), COMMAND).await?;
-            let plugged =
-                tokio::time::timeout(COMMAND, plug(&mut qmp, args::share_device(n, &share.tag))).await;
-            plugged.unwrap_or(Err(QmpError::Deadline(COMMAND)))
-        };
-        tokio::select! {
-            biased;
-            plugged = plugged => plugged.map_err(|error| self.error("device_add", error)),
-            exit = self.process.exit() => Err(self.process.ended(exit)),
+        // The place is not used again after a failure: what QEMU has made of it is unknown.
+        match attachment {
+            Attachment::Share(share) => {
+                args::check_tag(name, &share.tag)?;
+                plugged.shares += 1;
+                self.obeyed("device_add", self.plug_share(plugged.shares - 1, share)).await
+            }
+            Attachment::Nic(nic) => {
+                plugged.nics.push(Some(nic.mac));
+                self.obeyed("device_add", self.plug_nic(plugged.nics.len() - 1, nic)).await
+            }
         }
+    }
+
+    async fn detach(&self, mac: [u8; 6]) -> Result<()> {
+        let mut plugged = self.plugged.lock().await;
+        let Some(n) = plugged.nics.iter().position(|nic| *nic == Some(mac)) else { return Ok(()) };
+        self.command("netdev_del", json!({ "id": args::nic_backend(n) })).await?;
+        plugged.nics[n] = None;
+        Ok(())
     }
 
     fn console(&self) -> Vec<u8> {
@@ -212,6 +226,30 @@ impl Machine for QemuMachine {
 }
 
 impl QemuMachine {
+    async fn plug_share(&self, n: usize, share: Share) -> Result<(), QmpError> {
+        let mut qmp = self.qmp.lock().await;
+        let chardev = args::share_chardev(n);
+        qmp.send_fd(&chardev, share.socket.as_fd(), COMMAND).await?;
+        let address = json!({ "type": "fd", "data": { "str": chardev } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        qmp.execute("chardev-add", json!({ "id": chardev, "backend": backend }), COMMAND).await?;
+        in_time(plug(&mut qmp, args::share_device(n, &share.tag))).await
+    }
+
+    async fn plug_nic(&self, n: usize, nic: Nic) -> Result<(), QmpError> {
+        let mut qmp = self.qmp.lock().await;
+        let backend = args::nic_backend(n);
+        qmp.send_fd(&backend, nic.tap.as_fd(), COMMAND).await?;
+        let netdev = json!({ "type": "tap", "id": backend, "fd": backend });
+        qmp.execute("netdev_add", netdev, COMMAND).await?;
+        let plugged = in_time(plug(&mut qmp, args::nic_device(n, &nic))).await;
+        if plugged.is_err() {
+            // The tap shall not stay; the first error is the one to tell.
+            let _ = qmp.execute("netdev_del", json!({ "id": backend }), COMMAND).await;
+        }
+        plugged
+    }
+
     /// Ends QEMU (the memory must not change any more), and makes the files complete.
     async fn finish_snapshot(&self, memory: &Path, dir: &Path) -> Result<Snapshot> {
         self.kill().await;
@@ -227,4 +265,8 @@ impl QemuMachine {
         Meta::of(&self.spec, self.fingerprint.clone(), &target)?.write(dir)?;
         Ok(Snapshot { dir: dir.to_owned() })
     }
+}
+
+async fn in_time(plugged: impl Future<Output = Result<(), QmpError>>) -> Result<(), QmpError> {
+    tokio::time::timeout(COMMAND, plugged).await.unwrap_or(Err(QmpError::Deadline(COMMAND)))
 }

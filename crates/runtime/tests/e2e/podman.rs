@@ -179,6 +179,8 @@ struct Network {
 /// Podman's network of this test.
 const NETWORK: &str = "kapsel-e2e";
 const GATEWAY: &str = "10.97.41.1";
+/// One that is connected later.
+const LATER: &str = "kapsel-e2e-later";
 
 impl Network {
     fn make(podman: &'static Podman) -> Self {
@@ -210,10 +212,12 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         let _ = self.run(&["rm", "-f", "-t", "0", "net"]);
-        let _ = self.run(&["network", "rm", "-f", NETWORK]);
+        for name in [NETWORK, LATER] {
+            let _ = self.run(&["network", "rm", "-f", name]);
+            // Where the plug-in of addresses remembers them, whatever Podman is told.
+            let _ = fs::remove_dir_all(Path::new("/var/lib/cni/networks").join(name));
+        }
         let _ = finish(Command::new("ip").args(["netns", "delete", &self.namespace]));
-        // Where the plug-in of addresses remembers them, whatever Podman is told.
-        let _ = fs::remove_dir_all(Path::new("/var/lib/cni/networks").join(NETWORK));
     }
 }
 
@@ -238,6 +242,15 @@ fn its_own_network() {
     let page = format!("http://{address}/page");
     let ran = network.run(&["run", "--rm", "--network", NETWORK, "busybox", "wget", "-qO-", &page]);
     assert_eq!((ran.code, ran.stdout.as_str()), (0, "a page\n"), "{}", ran.stderr);
+    // Another network comes and goes while it runs.
+    let ran = network.run(&["network", "create", "--subnet", "10.97.42.0/24", "--disable-dns", LATER]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let has_it = || podman.ok(&["exec", "net", "ip", "-4", "addr"]).contains("inet 10.97.42.");
+    for (verb, expected) in [("connect", true), ("disconnect", false)] {
+        let ran = network.run(&["network", verb, LATER, "net"]);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        eventually(verb, || has_it() == expected);
+    }
     // What the sandbox takes of the host, since its processes are in Podman's cgroup.
     let stats: Value =
         serde_json::from_str(&podman.ok(&["stats", "--no-stream", "--format", "json", "net"])).unwrap();

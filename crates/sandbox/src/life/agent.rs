@@ -83,6 +83,26 @@ impl Agent {
         Ok(())
     }
 
+    /// Sets a network interface up that was plugged in.
+    ///
+    /// # Errors
+    /// When the guest refuses or does not answer.
+    pub async fn connect(&self, interfaces: Vec<api::Interface>) -> Result<(), Error> {
+        let request = api::ConnectRequest { interfaces, ..Default::default() };
+        let deadline = limits::CALL_DEADLINE;
+        call("Connect", deadline, self.client.connect(within(deadline), &request)).await.map(drop)
+    }
+
+    /// Has the guest let go of a network interface.
+    ///
+    /// # Errors
+    /// When it has none of that address, or does not answer.
+    pub async fn disconnect(&self, mac: [u8; 6]) -> Result<(), Error> {
+        let request = api::DisconnectRequest { mac: mac.to_vec(), ..Default::default() };
+        let deadline = limits::CALL_DEADLINE;
+        call("Disconnect", deadline, self.client.disconnect(within(deadline), &request)).await.map(drop)
+    }
+
     /// Makes the guest small, to be saved.
     ///
     /// # Errors

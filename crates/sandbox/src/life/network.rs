@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kapsel_machine::Nic;
 use kapsel_netlink::octets;
@@ -22,10 +22,7 @@ pub enum Connection {
     #[default]
     None,
     /// By a namespace.
-    Taken {
-        /// Gives it back.
-        _taken: Taken,
-    },
+    Taken(Arc<Mutex<Taken>>),
     /// By the bridge.
     Bridge(Attached),
 }
@@ -69,7 +66,7 @@ impl Connection {
             Network::None => Ok((Self::None, Vec::new())),
             Network::Namespace(path) => {
                 let (taken, ports) = Taken::take(&path, &note, room)?;
-                Ok((Self::Taken { _taken: taken }, ports))
+                Ok((Self::Taken(Arc::new(Mutex::new(taken))), ports))
             }
             Network::Bridge if room == 0 => {
                 let what = "the shared directories leave no place for a network; share fewer";
@@ -91,7 +88,7 @@ impl Connection {
     pub fn neighbours(&self) -> Option<Neighbours> {
         match self {
             Self::Bridge(attached) => Some(attached.neighbours()),
-            Self::None | Self::Taken { .. } => None,
+            Self::None | Self::Taken(_) => None,
         }
     }
 
@@ -99,13 +96,17 @@ impl Connection {
     pub fn address(&self) -> Option<Ipv4Addr> {
         match self {
             Self::Bridge(attached) => Some(attached.address()),
-            Self::None | Self::Taken { .. } => None,
+            Self::None | Self::Taken(_) => None,
         }
     }
 }
 
 impl Plugs {
-    fn of(ports: Vec<Port>) -> Result<Self, Error> {
+    /// Of a machine's ends.
+    ///
+    /// # Errors
+    /// When an interface has more of something than is told to a guest.
+    pub fn of(ports: Vec<Port>) -> Result<Self, Error> {
         let mut plugs = Self::default();
         for Port { interface, tap } in ports {
             let lists = [interface.addresses.len(), interface.routes.len(), interface.neighbours.len()];

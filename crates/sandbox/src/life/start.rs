@@ -216,6 +216,7 @@ impl Sandbox {
         let _ = self.main.pid.set(pid);
         self.main.init.set(State::Created);
         self.follow_names(watch, names, &files);
+        self.follow_network();
         self.want_template(&blueprint, origin, prepared.as_ref());
         Ok(pid)
     }
