@@ -108,10 +108,11 @@ impl Capabilities {
         Ok(())
     }
 
-    /// Sets the other four.
+    /// Sets the other four. The kernel has no ambient capability that is not permitted and inheritable too: such ones, which `runc spec`
+    /// names, are left out, as by runc.
     ///
     /// # Errors
-    /// Those of capset(2) and prctl(2), as for an ambient capability that is not also permitted and inheritable.
+    /// Those of capset(2) and prctl(2).
     pub fn apply(&self) -> rustix::io::Result<()> {
         rustix::thread::set_capabilities(
             None,
@@ -121,7 +122,8 @@ impl Capabilities {
                 inheritable: CapabilitySet::from_bits_retain(self.inheritable),
             },
         )?;
-        for bit in (0..NAMES.len()).filter(|bit| self.ambient & (1 << bit) != 0) {
+        let ambient = self.ambient & self.permitted & self.inheritable;
+        for bit in (0..NAMES.len()).filter(|bit| ambient & (1 << bit) != 0) {
             rustix::thread::configure_capability_in_ambient_set(
                 CapabilitySet::from_bits_retain(1 << bit),
                 true,

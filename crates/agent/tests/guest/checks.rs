@@ -120,7 +120,9 @@ pub async fn namespaces_are_its_own(machine: &Machine) -> Result<()> {
 
 pub async fn capabilities_are_the_named_ones(machine: &Machine) -> Result<()> {
     let change = json!({"process": {"noNewPrivileges": true, "capabilities": {
-        "bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"]}}});
+        "bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"],
+        // Without being inheritable too it cannot be ambient, as in what `runc spec` writes.
+        "ambient": ["CAP_CHOWN"]}}});
     let done = machine.run_patched("c", &["grep", "-E", "Cap|NoNew", "/proc/self/status"], change).await?;
     for line in [
         "CapInh:\t0000000000000000",
