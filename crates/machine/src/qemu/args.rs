@@ -40,14 +40,14 @@ const PORT: &str = "kapsel.0";
 ///
 /// `reboot=t`: there is no ACPI reset or keyboard controller; a triple fault ends the machine (`-no-reboot`). `panic=-1` does so at
 /// once. The rest is what a virtual machine need not wait for: the timer check, a second source for the clock, checks of the
-/// kernel's own cryptography, mitigations under TCG (which has no speculation), serial ports that do not exist.
+/// kernel's own cryptography, mitigations under TCG (which has no speculation), watchdogs of processors that the host may well not let run, serial ports that do not exist.
 pub(super) fn cmdline(spec: &MachineSpec, tsc_khz: Option<u64>) -> String {
     let mut line = String::from(
         "console=ttyS0 reboot=t panic=-1 quiet no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \
          8250.nr_uarts=1 audit=0 nokaslr pci=off lsm=landlock",
     );
     if spec.accel == Accel::Tcg {
-        line.push_str(" mitigations=off");
+        line.push_str(" mitigations=off nowatchdog");
         // The guest reads the host's counter and would measure its frequency against an emulated timer. On a busy host that fails,
         // and as the machine has no second reference, Linux then waits for ever for its first tick.
         if let Some(khz) = tsc_khz {
