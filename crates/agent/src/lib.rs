@@ -19,6 +19,7 @@ pub mod net;
 pub mod oci;
 pub mod phases;
 pub mod quiesce;
+pub mod read_ahead;
 pub mod reaper;
 pub mod rpc;
 pub mod sandbox;

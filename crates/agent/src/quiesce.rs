@@ -7,12 +7,13 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 /// What is left alone, so that nothing else runs out of memory meanwhile.
 const RESERVE: u64 = 16 << 20;
 
-/// Drops what is cached and zeroes what is free.
+/// Drops what is cached, has `keep` read what shall be, and zeroes what is free.
 ///
 /// # Errors
 /// When the kernel does not say how much is free, or refuses.
-pub fn quiesce() -> io::Result<()> {
+pub fn quiesce(keep: impl FnOnce()) -> io::Result<()> {
     std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+    keep();
     let len = free()?.saturating_sub(RESERVE) as usize;
     if len == 0 {
         return Ok(());

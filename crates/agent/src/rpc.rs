@@ -13,6 +13,7 @@ use crate::container::lifecycle::{Container, Surroundings};
 use crate::error::Error;
 use crate::files;
 use crate::phases::Phases;
+use crate::read_ahead;
 use crate::reaper::Exit;
 use crate::sandbox::Sandbox;
 use crate::stdio::Streams;
@@ -76,11 +77,18 @@ impl Agent for Service {
         Ok(ConfigureResponse { phases: phases.into_vec(), ..Default::default() })
     }
 
-    async fn quiesce(&self, _: &TtrpcContext, _: QuiesceRequest) -> Result<QuiesceResponse> {
+    async fn quiesce(&self, _: &TtrpcContext, request: QuiesceRequest) -> Result<QuiesceResponse> {
         if self.sandbox.is_configured() {
             return Err(Error::State("the guest is in use: it is not to be saved any more".into()).into());
         }
-        crate::quiesce::quiesce().map_err(|e| Error::Internal(format!("making the guest small: {e}")))?;
+        let container = match request.id.is_empty() {
+            true => None,
+            false => Some(self.sandbox.prepared(&request.id).await?),
+        };
+        let keep = || {
+            container.iter().for_each(|container| read_ahead::start(container.rootfs(), &request.programs))
+        };
+        crate::quiesce::quiesce(keep).map_err(|e| Error::Internal(format!("making the guest small: {e}")))?;
         Ok(QuiesceResponse::default())
     }
 

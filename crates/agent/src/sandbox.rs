@@ -135,6 +135,14 @@ impl Sandbox {
     /// When there is none.
     pub async fn container(&self, id: &str) -> Result<Arc<Container>> {
         self.must_be_configured()?;
+        self.prepared(id).await
+    }
+
+    /// A container that was made before the guest is configured.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn prepared(&self, id: &str) -> Result<Arc<Container>> {
         self.slot(id)?.lock().await.clone().ok_or_else(|| not_found(id))
     }
 

@@ -59,6 +59,11 @@ pub enum Error {
     },
 }
 
+/// Whether a profile is the one that a container with the default capabilities gets.
+pub fn is_default_profile(profile: &LinuxSeccomp) -> bool {
+    *profile == syscalls::default_profile(&defaults::capabilities())
+}
+
 /// Builds the specification of one container in a sandbox of its own.
 ///
 /// The result is complete in itself: nothing of the image's configuration is needed later. Users stay names here

@@ -24,6 +24,8 @@ pub enum Command {
         annotations: HashMap<String, String>,
         /// Of the container.
         rootfs: Option<PathBuf>,
+        /// Where its program may be.
+        programs: Vec<String>,
     },
     /// What containerd wants.
     Engine(Call),
@@ -57,9 +59,11 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> anyhow::Result<Command> {
         Some("serve") => serve(&options(args)?),
         Some("build-template") => {
             let mut options = options(args)?;
-            let rootfs =
-                options.iter().position(|(name, _)| name == "--rootfs").map(|n| options.remove(n).1.into());
-            Ok(Command::BuildTemplate { annotations: annotations(&options)?, rootfs })
+            let rootfs = options.extract_if(.., |(name, _)| name == "--rootfs").next();
+            let rootfs = rootfs.map(|(_, path)| path.into());
+            let programs = options.extract_if(.., |(name, _)| name == "--program");
+            let programs = programs.map(|(_, path)| path.to_string_lossy().into_owned()).collect();
+            Ok(Command::BuildTemplate { annotations: annotations(&options)?, rootfs, programs })
         }
         _ => bail!(
             "{command:?} is no command of this program, which kapsel starts by itself: use `kapsel run` to get a sandbox"
@@ -130,12 +134,13 @@ mod tests {
         let Command::Serve(serve) = run(&line).unwrap() else { panic!("{line}") };
         assert_eq!((serve.socket, serve.attach, serve.leash), (3, 4, Some(5)));
         assert_eq!((serve.bundle, serve.id.as_str()), (PathBuf::from("/b"), id.as_str()));
-        let Command::BuildTemplate { annotations, rootfs } =
-            run("build-template --annotation a=b=c --rootfs /x").unwrap()
+        let Command::BuildTemplate { annotations, rootfs, programs } =
+            run("build-template --annotation a=b=c --program /bin/a --rootfs /x --program /b").unwrap()
         else {
             panic!("a template")
         };
         assert_eq!((annotations["a"].as_str(), rootfs), ("b=c", Some("/x".into())));
+        assert_eq!(programs, ["/bin/a", "/b"]);
         assert_eq!(run("--version").unwrap(), Command::Engine(Call::Version));
     }
 

@@ -63,11 +63,11 @@ fn run(watch: Stopwatch) -> anyhow::Result<()> {
             runtime.block_on(engine::serve(Host { paths, config }, daemon))
         }
         Command::Serve(serve) => runtime.block_on(serve::serve(paths, config, serve, watch)),
-        Command::BuildTemplate { annotations, rootfs } => {
+        Command::BuildTemplate { annotations, rootfs, programs } => {
             let wishes = Wishes::parse(&annotations)?;
             let template = match rootfs {
                 Some(rootfs) => {
-                    let prepared = Prepared::read(rootfs, std::io::stdin())
+                    let prepared = Prepared::read(rootfs, programs, std::io::stdin())
                         .context("cannot read the request for the container from standard input")?;
                     runtime.block_on(template::build_prepared(&paths, &config, &wishes, &prepared))?
                 }

@@ -19,6 +19,7 @@ use super::plan::Plan;
 use super::process::ProcessPlan;
 use super::report::{ChildError, During, Message, Step, Stopwatch};
 use super::root::Root;
+use super::user::Accounts;
 use super::{devices, finish, hooks, terminal};
 
 /// What the agent opened for a child before its birth.
@@ -51,6 +52,9 @@ pub fn container(
         close_others(inherited, joined.iter().map(|(_, fd)| fd.as_fd()))?;
         let mut watch = Stopwatch::start();
         let tty = build(plan, cgroup, joined, inherited, &mut watch)?;
+        // What can be done before the process is known, every clone of a template finds done.
+        let accounts = plan.process.is_none().then(Accounts::read);
+        finish::seccomp(&plan.early_seccomp)?;
         report(inherited, &Message::Ready(watch.into_laps(), tty))?;
         let process = match &plan.process {
             Some(process) => {
@@ -64,7 +68,7 @@ pub fn container(
             hooks::run(&plan.start_hooks, id, inherited)?;
             watch.lap(Step::Hooks);
         }
-        finish::execute(&process, watch, inherited.socket)
+        finish::execute(&process, accounts, watch, inherited.socket)
     };
     fail(run().err(), inherited)
 }
@@ -89,7 +93,7 @@ pub fn added(process: &ProcessPlan, joined: &Joined<'_>, inherited: &Inheritance
         }
         finish::make_cwd(process);
         report(inherited, &Message::Ready(vec![], tty))?;
-        finish::execute(process, watch, inherited.socket)
+        finish::execute(process, None, watch, inherited.socket)
     };
     fail(run().err(), inherited)
 }

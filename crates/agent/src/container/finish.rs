@@ -10,10 +10,10 @@ use crate::sys;
 
 use super::capabilities::Capabilities;
 use super::child::ids;
-use super::process::ProcessPlan;
+use super::process::{ProcessPlan, Seccomp};
 use super::report::{ChildError, During, Message, Step, Stopwatch};
 use super::root::Root;
-use super::user::{self, Identity};
+use super::user::{self, Accounts, Identity};
 
 /// Where programs are looked for when the environment does not say.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -27,18 +27,20 @@ pub fn make_cwd(process: &ProcessPlan) {
     }
 }
 
-/// Takes on the process's identity and rights and executes its program. Returns only on failure.
+/// Takes on the process's identity and rights and executes its program, with `accounts` if they were read already. Returns only on
+/// failure.
 ///
 /// # Errors
 /// Whatever failed; the caller reports it.
 pub fn execute(
     process: &ProcessPlan,
+    accounts: Option<Accounts>,
     mut watch: Stopwatch,
     socket: &OwnedFd,
 ) -> Result<std::convert::Infallible, ChildError> {
     sys::cloexec_from(3).during(Step::Exec, || "closing descriptors".into())?;
     let mut env = process.env.clone();
-    let identity = identity(process, &mut env)?;
+    let identity = identity(process, accounts, &mut env)?;
     for (resource, limit) in &process.rlimits {
         rustix::process::setrlimit(*resource, *limit).during(Step::Rlimits, || {
             format!("setting the resource limit {resource:?} (above the guest's?)")
@@ -52,7 +54,7 @@ pub fn execute(
         rustix::thread::set_no_new_privs(true).during(Step::Seccomp, || "setting no_new_privs".into())?;
     } else {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is about to go.
-        seccomp(process)?;
+        seccomp(&process.seccomp)?;
     }
     become_user(&identity, &capabilities)?;
     watch.lap(Step::User);
@@ -74,7 +76,7 @@ pub fn execute(
     let _ = Message::Executing(watch.into_laps()).send(socket);
     if process.no_new_privileges {
         // The filter may forbid anything but execve(2) from here on.
-        seccomp(process)?;
+        seccomp(&process.seccomp)?;
     }
     let error = search(&candidates, &argv, &envp);
     Err(error).during(Step::Exec, || process.args[0].to_string_lossy().into_owned())
@@ -116,25 +118,29 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 }
 
 /// Who to become. Adds HOME to the environment when it has none.
-fn identity(process: &ProcessPlan, env: &mut Vec<CString>) -> Result<Identity, ChildError> {
+fn identity(
+    process: &ProcessPlan,
+    accounts: Option<Accounts>,
+    env: &mut Vec<CString>,
+) -> Result<Identity, ChildError> {
+    let accounts = || accounts.unwrap_or_else(Accounts::read);
     let has_home = ProcessPlan::variable(env, "HOME").is_some_and(|home| !home.is_empty());
-    let mut identity = if !process.username.is_empty() {
-        let (passwd, group) = (user::read("/etc/passwd"), user::read("/etc/group"));
-        let mut identity = user::resolve(&process.username, &passwd, &group).map_err(|error| ChildError {
-            step: Step::User,
-            errno: Errno::NOENT,
-            detail: error.to_string(),
-        })?;
-        // The primary group too, so that a set-group-id program cannot shed a group that a file denies access to
-        // (CVE-2022-36109).
-        if !identity.groups.contains(&identity.gid) {
-            identity.groups.insert(0, identity.gid);
-        }
-        identity
-    } else {
-        let home = if has_home { String::new() } else { user::home(process.uid, &user::read("/etc/passwd")) };
-        Identity { uid: process.uid, gid: process.gid, groups: vec![], home }
-    };
+    let mut identity =
+        if !process.username.is_empty() {
+            let Accounts { passwd, group } = accounts();
+            let mut identity = user::resolve(&process.username, &passwd, &group).map_err(|error| {
+                ChildError { step: Step::User, errno: Errno::NOENT, detail: error.to_string() }
+            })?;
+            // The primary group too, so that a set-group-id program cannot shed a group that a file denies access to
+            // (CVE-2022-36109).
+            if !identity.groups.contains(&identity.gid) {
+                identity.groups.insert(0, identity.gid);
+            }
+            identity
+        } else {
+            let home = if has_home { String::new() } else { user::home(process.uid, &accounts().passwd) };
+            Identity { uid: process.uid, gid: process.gid, groups: vec![], home }
+        };
     identity.groups.extend(&process.additional_gids);
     if !has_home {
         env.retain(|entry| !entry.to_bytes().starts_with(b"HOME="));
@@ -171,10 +177,14 @@ fn enter_cwd(cwd: &CStr) -> rustix::io::Result<()> {
     }
 }
 
-fn seccomp(process: &ProcessPlan) -> Result<(), ChildError> {
-    match process.seccomp.program.is_empty() {
+/// Puts a filter in force, for good; an empty one is none.
+///
+/// # Errors
+/// Those of seccomp(2).
+pub fn seccomp(filter: &Seccomp) -> Result<(), ChildError> {
+    match filter.program.is_empty() {
         true => Ok(()),
-        false => sys::seccomp_filter(&process.seccomp.program, process.seccomp.flags)
+        false => sys::seccomp_filter(&filter.program, filter.flags)
             .during(Step::Seccomp, || "installing the seccomp filter".into()),
     }
 }

@@ -243,7 +243,14 @@ impl Container {
 
     /// Plans the first process of a container that was created without one.
     fn give_process(&self, request: &api::ExecRequest) -> Result<()> {
-        let plan = order::plan(request)?;
+        let mut plan = order::plan(request)?;
+        if !self.plan.early_seccomp.program.is_empty() {
+            if !plan.seccomp.program.is_empty() {
+                return Err(Error::Invalid("the container has its seccomp filter already".into()));
+            }
+            // What is added later has it from the first process.
+            plan.seccomp = self.plan.early_seccomp.clone();
+        }
         let twice = || Error::Exists(format!("container {} has its first process already", self.id));
         if self.plan.process.is_some() {
             return Err(twice());

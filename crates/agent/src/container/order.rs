@@ -1,7 +1,8 @@
 //! What the agent tells a child that was born before its program was known.
 //!
 //! Other children are forks that inherit what they need. The first process of a container that a template holds cannot: it is
-//! told, in a message on its control socket, with the request in a memory file and its standard streams as descriptors.
+//! told, in a message on its control socket, with its standard streams as descriptors. A request that is too long for a message
+//! comes in a memory file instead; that each start makes one would be a fifteenth of all code that a clone has translated.
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Seek, Write};
@@ -18,8 +19,11 @@ use rustix::net::{
 
 use super::process::{ProcessPlan, Seccomp};
 
-/// Request and standard streams.
+/// Standard streams, and the memory file of a long request.
 const DESCRIPTORS: usize = 4;
+
+/// Bytes of a request that is its own message.
+const INLINE_MAX: usize = 16 << 10;
 
 /// A process to become.
 #[derive(Debug)]
@@ -50,15 +54,30 @@ pub fn send(
     request: &api::ExecRequest,
     stdio: Option<&[OwnedFd; 3]>,
 ) -> std::io::Result<()> {
-    let mut file = File::from(rustix::fs::memfd_create(c"order", MemfdFlags::CLOEXEC)?);
-    file.write_all(&request.write_to_bytes().map_err(std::io::Error::other)?)?;
+    let bytes = request.write_to_bytes().map_err(std::io::Error::other)?;
+    let file = (bytes.len() > INLINE_MAX).then(|| memory_file(&bytes)).transpose()?;
+    let message: &[u8] = if file.is_some() { &[] } else { &bytes };
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors: Vec<_> =
-        std::iter::once(file.as_fd()).chain(stdio.into_iter().flatten().map(AsFd::as_fd)).collect();
-    control.push(SendAncillaryMessage::ScmRights(&descriptors));
-    rustix::net::sendmsg(socket, &[IoSlice::new(b"o")], &mut control, SendFlags::NOSIGNAL)?;
+        stdio.into_iter().flatten().map(AsFd::as_fd).chain(file.as_ref().map(AsFd::as_fd)).collect();
+    if !descriptors.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    }
+    let tag = [if file.is_some() { LONG } else { INLINE }];
+    let parts = [IoSlice::new(&tag), IoSlice::new(message)];
+    rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+/// First bytes of a message: where the request is.
+const INLINE: u8 = b'o';
+const LONG: u8 = b'f';
+
+fn memory_file(bytes: &[u8]) -> std::io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create(c"order", MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    Ok(file)
 }
 
 /// Waits for the order; `None`: the agent wants no more of this child.
@@ -66,31 +85,34 @@ pub fn send(
 /// # Errors
 /// Those of recvmsg(2) and read(2), and what [`plan`] says of the request.
 pub fn receive(socket: impl AsFd) -> std::io::Result<Option<Order>> {
-    let mut byte = [0];
+    let mut message = [0; 1 + INLINE_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC;
     let received = rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut byte)], &mut control, flags)
+        rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut message)], &mut control, flags)
     })?;
-    if received.bytes == 0 {
-        return Ok(None);
-    }
-    let mut descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
-        _ => Vec::new(),
-    });
-    let file = descriptors.next().ok_or_else(|| std::io::Error::other("an order without a request"))?;
-    let mut file = File::from(file);
-    file.rewind()?;
+    let Some((tag, inline)) = message[..received.bytes].split_first() else { return Ok(None) };
+    let mut descriptors: Vec<OwnedFd> = control
+        .drain()
+        .flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+            _ => Vec::new(),
+        })
+        .collect();
     let mut bytes = Vec::new();
-    file.take(limits::MESSAGE_MAX as u64).read_to_end(&mut bytes)?;
-    let request = api::ExecRequest::parse_from_bytes(&bytes).map_err(std::io::Error::other)?;
-    let process = plan(&request).map_err(std::io::Error::other)?;
-    let stdio = match (descriptors.next(), descriptors.next(), descriptors.next()) {
-        (Some(stdin), Some(stdout), Some(stderr)) => Some([stdin, stdout, stderr]),
-        _ => None,
+    let request = if *tag == LONG {
+        let file = descriptors.pop().ok_or_else(|| std::io::Error::other("an order without a request"))?;
+        let mut file = File::from(file);
+        file.rewind()?;
+        file.take(limits::MESSAGE_MAX as u64).read_to_end(&mut bytes)?;
+        &bytes
+    } else {
+        inline
     };
+    let request = api::ExecRequest::parse_from_bytes(request).map_err(std::io::Error::other)?;
+    let process = plan(&request).map_err(std::io::Error::other)?;
+    let stdio = <[OwnedFd; 3]>::try_from(descriptors).ok();
     Ok(Some(Order { process, stdio }))
 }
 
@@ -116,6 +138,13 @@ mod tests {
         let order = receive(&child).expect("receive").expect("an order");
         assert_eq!(order.process.terminal, Some((80, 24)));
         assert!(order.stdio.is_none());
+        let long = "x".repeat(limits::SPEC_MAX / 2);
+        let json = format!(r#"{{"args":["echo","{long}"],"cwd":"/"}}"#);
+        let request = api::ExecRequest { process: json.into_bytes(), ..Default::default() };
+        send(&agent, &request, Some(&[null(), null(), null()])).expect("send");
+        let order = receive(&child).expect("receive").expect("an order");
+        assert_eq!(order.process.args[1].to_bytes().len(), long.len());
+        assert!(order.stdio.is_some());
         drop(agent);
         assert!(receive(&child).expect("the end").is_none());
     }

@@ -14,7 +14,7 @@ use super::capabilities::Capabilities;
 use super::device_rules::Rules;
 use super::limits::{Setting, settings};
 use super::options::{self, Options};
-use super::process::ProcessPlan;
+use super::process::{ProcessPlan, Seccomp};
 
 /// Why a specification is refused.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +100,8 @@ pub struct Plan {
     pub start_hooks: Vec<HookPlan>,
     /// The first process; `None`: it comes later.
     pub process: Option<ProcessPlan>,
+    /// Of a process that comes later: in force before it does. Empty: the filter comes with it, if there is one.
+    pub early_seccomp: Seccomp,
 }
 
 /// One mount.
@@ -159,7 +161,7 @@ impl Plan {
     ///
     /// # Errors
     /// For everything that cannot or will not be done.
-    pub fn new(json: &[u8], seccomp: super::process::Seccomp, terminal: bool) -> Result<Self> {
+    pub fn new(json: &[u8], seccomp: Seccomp, terminal: bool) -> Result<Self> {
         if json.len() > limits::SPEC_MAX {
             return invalid(format!(
                 "the specification has {} bytes, more than {}",
@@ -190,6 +192,10 @@ impl Plan {
         };
         let binds_dev = |m: &MountPlan| is_dev(&m.destination) && matches!(m.source, MountSource::Bind(_));
         let mounts: Vec<MountPlan> = spec.mounts.iter().map(mount).collect::<Result<_>>()?;
+        let (process, early_seccomp) = match &spec.process {
+            Some(process) => (Some(ProcessPlan::new(process, seccomp, terminal)?), Seccomp::default()),
+            None => (None, seccomp),
+        };
         Ok(Self {
             new_namespaces: spaces.new,
             new_cgroup_namespace: spaces.new_cgroup,
@@ -209,10 +215,8 @@ impl Plan {
             cgroup: settings(&resources)?,
             device_rules: Rules::parse(&resources.devices)?,
             start_hooks: spec.hooks.start_container.iter().map(hook).collect::<Result<_>>()?,
-            process: match &spec.process {
-                Some(process) => Some(ProcessPlan::new(process, seccomp, terminal)?),
-                None => None,
-            },
+            process,
+            early_seccomp,
         })
     }
 }

@@ -44,6 +44,22 @@ pub enum UserError {
     Range(String),
 }
 
+/// What the image's files say of users.
+#[derive(Debug)]
+pub struct Accounts {
+    /// `/etc/passwd`.
+    pub passwd: Vec<u8>,
+    /// `/etc/group`.
+    pub group: Vec<u8>,
+}
+
+impl Accounts {
+    /// Reads both files of the container whose root is this process's.
+    pub fn read() -> Self {
+        Self { passwd: read("/etc/passwd"), group: read("/etc/group") }
+    }
+}
+
 struct Passwd<'a> {
     name: &'a str,
     uid: u32,
@@ -135,7 +151,7 @@ pub fn home(uid: u32, passwd: &[u8]) -> String {
 
 /// Reads `/etc/passwd` or `/etc/group` of the container whose root is this process's. A file that is missing, special or
 /// unreadable is empty.
-pub fn read(path: &str) -> Vec<u8> {
+fn read(path: &str) -> Vec<u8> {
     // Non-blocking: the image may have put a FIFO there.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut content = Vec::new();

@@ -103,13 +103,15 @@ impl Agent {
         call("Disconnect", deadline, self.client.disconnect(within(deadline), &request)).await.map(drop)
     }
 
-    /// Makes the guest small, to be saved.
+    /// Makes the guest small, to be saved; with what container `id`, if there is one, reads at its start in memory. Its program is at
+    /// one of `programs`.
     ///
     /// # Errors
     /// When the guest is in use, or does not answer.
-    pub async fn quiesce(&self) -> Result<(), Error> {
+    pub async fn quiesce(&self, id: &str, programs: &[String]) -> Result<(), Error> {
         let deadline = limits::CALL_DEADLINE;
-        let request = api::QuiesceRequest::default();
+        let request =
+            api::QuiesceRequest { id: id.into(), programs: programs.to_vec(), ..Default::default() };
         call("Quiesce", deadline, self.client.quiesce(within(deadline), &request)).await.map(drop)
     }
 

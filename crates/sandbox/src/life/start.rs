@@ -114,7 +114,7 @@ impl Sandbox {
         let name = self.id.short();
         let scratch = storage.map(|size| Scratch::make(&self.paths, name, size)).transpose()?;
         let log = self.output_log(&plan)?;
-        let prepared = Prepared::of(&guest_spec, disk.as_ref(), scratch.is_some());
+        let prepared = Prepared::of(&guest_spec, disk.as_ref(), scratch.is_some(), filter.as_ref());
         let mut blueprint = self.draw(disk, &scratch, guest_spec.shares.len())?;
         drop(phase);
 
@@ -164,7 +164,8 @@ impl Sandbox {
         let (release, pid) = if let Origin::Prepared { pid } = origin {
             let process =
                 guest_spec.spec.process().clone().ok_or_else(|| Error::Invalid("no process".into()))?;
-            let seccomp = filter.unwrap_or_default();
+            let held = prepared.as_ref().is_some_and(Prepared::has_filter);
+            let seccomp = filter.filter(|_| !held).unwrap_or_default();
             *lock(&self.main.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
             let (release, configured, named) =
                 tokio::join!(agent.hello(), agent.configure(&hostname, interfaces), naming);

@@ -16,7 +16,7 @@ use kapsel_jail::cgroup::{Limits, Named};
 use kapsel_machine::Snapshot;
 use rustix::fs::FlockOperation;
 
-use super::{Error, Held, META, Meta, Prepared, Shape, Template, VERSION, key, read, state_hash};
+use super::{CONTAINER, Error, Held, META, Meta, Prepared, Shape, Template, VERSION, key, read, state_hash};
 use crate::{
     annotations::Wishes,
     config::Config,
@@ -118,6 +118,7 @@ pub fn build_in_background(
         let stdin = match prepared {
             Some(prepared) => {
                 command.arg("--rootfs").arg(&prepared.rootfs);
+                command.args(prepared.programs.iter().flat_map(|path| ["--program", path]));
                 handed_over(&prepared.bytes().map_err(|e| e.to_string())?).map_err(|e| e.to_string())?
             }
             None => Stdio::null(),
@@ -278,8 +279,10 @@ async fn start_and_save(
         if let Some((_, prepared)) = prepared {
             let pid = agent.create(prepared.request()).await.map_err(Error::machine)?;
             held = Some(prepared.held(pid));
+            agent.quiesce(CONTAINER, &prepared.programs).await.map_err(Error::machine)?;
+        } else {
+            agent.quiesce("", &[]).await.map_err(Error::machine)?;
         }
-        agent.quiesce().await.map_err(Error::machine)?;
         drop(agent);
         drop(channel);
         let Snapshot { .. } = machine.snapshot(dir).await.map_err(Error::machine)?;

@@ -7,12 +7,14 @@ use std::io::{self, Read};
 use std::path::PathBuf;
 
 use kapsel_protocol::{api, limits};
+use oci_spec::runtime::{Process, Spec};
 use protobuf::Message;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::KEY_LENGTH;
 use crate::life::guest_spec::GuestSpec;
+use crate::seccomp::Filter;
 
 /// The name of a sandbox's container in its guest.
 pub const CONTAINER: &str = "main";
@@ -22,8 +24,13 @@ pub const CONTAINER: &str = "main";
 pub struct Prepared {
     /// The disk with its root file system, whose name says what is in it.
     pub rootfs: PathBuf,
+    /// Where the program of the first sandbox may be: clones find it in memory. Not a part of the key.
+    pub programs: Vec<String>,
     request: api::CreateRequest,
 }
+
+/// Most paths at which a program is looked for.
+const PROGRAMS_MAX: usize = 16;
 
 /// What a template says of the container in it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,32 +45,52 @@ pub struct Held {
 
 impl Prepared {
     /// What of a container a template can hold; `None` when there is something in it that is one sandbox's own.
-    pub fn of(guest: &GuestSpec, rootfs: Option<&PathBuf>, scratch_disk: bool) -> Option<Self> {
+    pub fn of(
+        guest: &GuestSpec,
+        rootfs: Option<&PathBuf>,
+        scratch_disk: bool,
+        filter: Option<&Filter>,
+    ) -> Option<Self> {
         let spec = &guest.spec;
         let writable = spec.root().as_ref().is_some_and(|root| !root.readonly().unwrap_or(false));
         // A read-only root cannot be given its working directory later.
         if scratch_disk || !guest.shares.is_empty() || spec.hostname().is_some() || !writable {
             return None;
         }
+        let process = spec.process().as_ref()?;
+        let programs = programs(process);
+        // Opening a terminal is more than the filter allows; a filter of somebody's own may allow less than a start needs.
+        let early = !process.terminal().unwrap_or(false)
+            && guest.seccomp.as_ref().is_some_and(crate::spec::is_default_profile)
+            && no_hooks(spec);
+        let filter = filter.filter(|_| early).cloned().unwrap_or_default();
         let mut spec = spec.clone();
         spec.set_process(None);
         let request = api::CreateRequest {
             id: CONTAINER.into(),
             spec: serde_json::to_vec(&spec).ok()?,
             storages: guest.storages.clone(),
+            seccomp: filter.program,
+            seccomp_flags: filter.flags,
             ..Default::default()
         };
-        Some(Self { rootfs: rootfs?.clone(), request })
+        Some(Self { rootfs: rootfs?.clone(), programs, request })
+    }
+
+    /// Whether the container has its seccomp filter before its process comes.
+    pub fn has_filter(&self) -> bool {
+        !self.request.seccomp.is_empty()
     }
 
     /// From the program that wants it built.
     ///
     /// # Errors
     /// When `request` is none.
-    pub fn read(rootfs: PathBuf, request: impl Read) -> io::Result<Self> {
+    pub fn read(rootfs: PathBuf, programs: Vec<String>, request: impl Read) -> io::Result<Self> {
         let mut bytes = Vec::new();
         request.take(limits::MESSAGE_MAX as u64).read_to_end(&mut bytes)?;
-        Ok(Self { rootfs, request: api::CreateRequest::parse_from_bytes(&bytes).map_err(io::Error::other)? })
+        let request = api::CreateRequest::parse_from_bytes(&bytes).map_err(io::Error::other)?;
+        Ok(Self { rootfs, programs, request })
     }
 
     /// For the program that builds it.
@@ -100,6 +127,24 @@ impl Prepared {
         }
         hex::encode(hash.finalize())[..KEY_LENGTH].to_owned()
     }
+}
+
+/// Where a process's program may be, as execvp(3) looks for it.
+fn programs(process: &Process) -> Vec<String> {
+    let Some(name) = process.args().iter().flatten().next() else { return Vec::new() };
+    if name.contains('/') {
+        return vec![name.clone()];
+    }
+    let path = process.env().iter().flatten().rev().find_map(|entry| entry.strip_prefix("PATH="));
+    path.into_iter()
+        .flat_map(|path| path.split(':'))
+        .take(PROGRAMS_MAX)
+        .map(|dir| format!("{dir}/{name}"))
+        .collect()
+}
+
+fn no_hooks(spec: &Spec) -> bool {
+    spec.hooks().as_ref().is_none_or(|hooks| hooks.start_container().iter().flatten().next().is_none())
 }
 
 impl Held {
