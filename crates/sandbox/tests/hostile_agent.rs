@@ -135,7 +135,7 @@ fn what_is_no_answer_is_an_error_within_the_deadline() {
 #[test]
 fn answers_that_lie_are_not_believed() {
     let hello = api::HelloResponse { version: "another".repeat(1000), ..Default::default() };
-    let error = call(move |n| Deed::Send(answer(n, &hello)), |agent| async move { agent.hello().await });
+    let error = call(move |n| Deed::Send(answer(n, &hello)), |agent| async move { agent.hello(true).await });
     let error = error.unwrap_err();
     assert!(matches!(error, Error::Nonsense { .. }) && error.to_string().len() < 500, "{error}");
 

@@ -41,12 +41,17 @@ impl Agent {
         Ok(Self { client: AgentClient::new(Client::new(Socket::new(stream))), watch })
     }
 
-    /// Waits for the agent and checks that it is of this build. Returns the guest kernel's release.
+    /// Waits for the agent and checks that it is of this build. Returns the guest kernel's release. Of a guest that has just booted
+    /// the agent's own steps until then are noted.
     ///
     /// # Errors
     /// When it does not answer, or is another's.
-    pub async fn hello(&self) -> Result<String, Error> {
-        self.hello_at(0).await
+    pub async fn hello(&self, booted: bool) -> Result<String, Error> {
+        let reply = self.hello_reply(0).await?;
+        if booted {
+            self.time("boot", &reply.phases);
+        }
+        Ok(cut(&reply.kernel_release, 64))
     }
 
     /// Like [`Self::hello`], to a guest that is to make files before it is configured: tells it the time, in nanoseconds since
@@ -54,7 +59,11 @@ impl Agent {
     ///
     /// # Errors
     /// When it does not answer, or is another's.
-    pub async fn hello_at(&self, unix_time_ns: u64) -> Result<String, Error> {
+    pub async fn hello_at(&self, unix_time_ns: u64) -> Result<(), Error> {
+        self.hello_reply(unix_time_ns).await.map(drop)
+    }
+
+    async fn hello_reply(&self, unix_time_ns: u64) -> Result<api::HelloResponse, Error> {
         let request = api::HelloRequest { version: VERSION.into(), unix_time_ns, ..Default::default() };
         let deadline = limits::HELLO_DEADLINE;
         let reply = call("Hello", deadline, self.client.hello(within(deadline), &request)).await?;
@@ -62,7 +71,7 @@ impl Agent {
             let reason = format!("its agent has version {:?}, not {VERSION}", cut(&reply.version, 32));
             return Err(Error::Nonsense { call: "Hello", reason });
         }
-        Ok(cut(&reply.kernel_release, 64))
+        Ok(reply)
     }
 
     /// Makes the guest a machine of its own, with these network interfaces.

@@ -168,7 +168,7 @@ impl Sandbox {
             let seccomp = filter.filter(|_| !held).unwrap_or_default();
             *lock(&self.main.first) = Some(Later { process, seccomp, plan: plan.clone(), log });
             let (release, configured, named) =
-                tokio::join!(agent.hello(), agent.configure(&hostname, interfaces), naming);
+                tokio::join!(agent.hello(false), agent.configure(&hostname, interfaces), naming);
             configured?;
             named?;
             (release?, pid)
@@ -177,7 +177,7 @@ impl Sandbox {
             let create = create_request(&self.main.name, &guest_spec, filter, &plan, announce(&plan, token))?;
             let streams = Streams::connect(&*channel, token, &plan, &self.main.init.hub, log);
             let (release, configured, created, named, streams) = tokio::join!(
-                agent.hello(),
+                agent.hello(origin == Origin::Boot),
                 agent.configure(&hostname, interfaces),
                 agent.create(&create),
                 naming,
