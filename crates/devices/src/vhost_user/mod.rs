@@ -47,7 +47,8 @@ pub const TAG_MAX: usize = 36;
 const BLOCK_SPACE: usize = 60;
 
 /// Messages are exchanged; the session is watched from the driver's start to its reset.
-const CALLS: &[SystemCall] = &[any(libc::SYS_sendmsg), any(libc::SYS_recvmsg), any(libc::SYS_epoll_ctl)];
+const CALLS: &[SystemCall] =
+    &[any(libc::SYS_sendmsg), any(libc::SYS_recvmsg), any(libc::SYS_shutdown), any(libc::SYS_epoll_ctl)];
 
 /// Why a device cannot be made, or cannot go on. The texts are Firecracker's where it has the same.
 #[derive(Debug, thiserror::Error)]
