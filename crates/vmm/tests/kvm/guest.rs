@@ -76,6 +76,7 @@ pub fn main() -> ! {
         "services" => (services(), libc::RB_POWER_OFF),
         "clone" => (clone(), libc::RB_POWER_OFF),
         "processor" => (processor(), libc::RB_POWER_OFF),
+        "served" => (served(), libc::RB_POWER_OFF),
         "network" => (network(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
@@ -250,6 +251,31 @@ fn ticks() -> io::Result<()> {
     let content = fs::read("/dev/vda")?;
     check(content.len() == LARGE_SECTORS * 512, "the disk has its new size")?;
     check(content[64 * 512..].iter().all(|byte| *byte == 2), "the disk has its new contents")
+}
+
+/// Writes to a disk, ticks until it has grown, and then for good.
+fn served() -> io::Result<()> {
+    let size = || fs::read_to_string("/sys/block/vda/size").map(|size| size.trim().to_owned());
+    check(size()? == "64", "the disk has its size")?;
+    check(fs::read_to_string("/sys/block/vda/ro")?.trim() == "0", "the disk can be written to")?;
+    let mut disk = fs::File::options().read(true).write(true).open("/dev/vda")?;
+    disk.write_all(&pattern(4 * 512))?;
+    disk.sync_all()?;
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    check(fs::read("/dev/vda")?[..4 * 512] == pattern(4 * 512), "what was written is read again")?;
+    while size()? != LARGE_SECTORS.to_string() {
+        println!("{TICK}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    check(
+        fs::read("/dev/vda")?[64 * 512..] == [2; (LARGE_SECTORS - 64) * 512],
+        "the disk has its new contents",
+    )?;
+    println!("{READY}");
+    loop {
+        println!("{TICK}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
 }
 
 /// Ticks until the kernel says that this is another machine now, which must still have what the first one had.

@@ -28,6 +28,8 @@ pub struct Files {
     pub vmlinux: PathBuf,
     bzimage: PathBuf,
     pub initramfs: PathBuf,
+    /// Of QEMU; it is in the package of what all machines of QEMU need.
+    pub storage_daemon: PathBuf,
 }
 
 impl Files {
@@ -39,7 +41,8 @@ impl Files {
         initramfs_of(&kernel, &MODULES, Some(&this), &run, &initramfs).expect("an initramfs can be written");
         // The program as it is shipped, if somebody names it.
         let vmm = std::env::var_os("KAPSEL_VMM").map_or_else(|| VMM.into(), PathBuf::from);
-        Ok(Files { vmm, vmlinux: kernel.vmlinux, bzimage: kernel.bzimage, initramfs })
+        let storage_daemon = "/usr/bin/qemu-storage-daemon".into();
+        Ok(Files { vmm, vmlinux: kernel.vmlinux, bzimage: kernel.bzimage, initramfs, storage_daemon })
     }
 
     fn of_box() -> Self {
@@ -49,6 +52,7 @@ impl Files {
             vmlinux: inside("vmlinux"),
             bzimage: inside("bzimage"),
             initramfs: inside("guest.cpio"),
+            storage_daemon: inside("qemu-storage-daemon"),
         }
     }
 
@@ -67,6 +71,7 @@ pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
     Ok(kvm_box
         .timeout(6 * PATIENCE)
         .program(host.vmm, inside.vmm)?
+        .program(host.storage_daemon, inside.storage_daemon)?
         .file(host.vmlinux, inside.vmlinux)
         .file(host.bzimage, inside.bzimage)
         .file(host.initramfs, inside.initramfs))
