@@ -54,7 +54,7 @@ pub fn prepare(kvm_box: KvmBox) -> kapsel_kvmbox::Result<KvmBox> {
     fs::write(&image, rootfs()).unwrap();
     let config = temporary.join("config.toml");
     // Not `auto`: how fast guests are measured to be in an emulated host depends on what else runs on this one.
-    fs::write(&config, "isolation = \"kapsel-vmm\"\n").unwrap();
+    fs::write(&config, "isolation = \"kapsel-vmm\"\nstart_timeout = 300\n").unwrap();
     Ok(kvm_box.file(config, CONFIG).file(image, IMAGE))
 }
 

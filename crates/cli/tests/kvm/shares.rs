@@ -27,7 +27,9 @@ pub fn all() {
         ];
         let volumes = volumes.each_ref().map(String::as_str);
         ok(&[&["run", "-d", "--name", "shared", how][..], &volumes, &["busybox", "sleep", "1000"]].concat());
-        let isolation = &json(&["inspect", "shared"])[0]["isolation"];
+        let told = &json(&["inspect", "shared"])[0];
+        println!("{}", told["timings"]);
+        let isolation = &told["isolation"];
         let warm = (how != "--cold").into();
         assert_eq!((&isolation["kind"], &isolation["template"]), (&"kapsel-vmm".into(), &warm));
         let sum = md5sum(&pattern(LONG));
