@@ -158,6 +158,15 @@ impl Queue {
         Chain::read(&self.memory, self.ring.desc_table(), self.ring.size(), request.head)
     }
 
+    /// As [`Queue::chain`], in a copy of the queue's own [`Queue::memory`], so that the buffers can be kept while the queue
+    /// goes on.
+    ///
+    /// # Errors
+    /// As [`Queue::chain`].
+    pub fn chain_in<'m>(&self, memory: &'m Memory, request: Request) -> Result<Chain<'m>, ChainError> {
+        Chain::read(memory, self.ring.desc_table(), self.ring.size(), request.head)
+    }
+
     /// Puts the last popped request back, to be popped again.
     pub fn undo_pop(&mut self) {
         self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(1));

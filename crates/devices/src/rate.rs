@@ -141,7 +141,7 @@ impl Limiter {
 
     /// Whether a request of so many bytes may pass now. If not, [`Limiter::timer`] says when to try again.
     pub fn admits(&mut self, bytes: u64) -> bool {
-        if self.bandwidth.is_none() && self.operations.is_none() {
+        if self.is_unlimited() {
             return true;
         }
         if self.waiting {
@@ -167,6 +167,11 @@ impl Limiter {
             }
         }
         true
+    }
+
+    /// Whether every request passes.
+    pub fn is_unlimited(&self) -> bool {
+        self.bandwidth.is_none() && self.operations.is_none()
     }
 
     /// Becomes readable when a request that had to wait may be tried again; then [`Limiter::wake`] has to be called.

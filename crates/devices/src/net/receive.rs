@@ -1,11 +1,13 @@
 //! The way of a frame from the tap to the guest.
 
+use std::collections::VecDeque;
 use std::io;
 
 use super::counters::Counters;
 use super::metadata::Metadata;
 use super::tap::Tap;
 use super::{FRAME_MAX, HEADER};
+use crate::chain::Buffers;
 use crate::queue::{Queue, QueueError, Request};
 use crate::rate::Limiter;
 
@@ -48,7 +50,9 @@ impl Receiver {
         counters: &mut Counters,
     ) -> Result<bool, QueueError> {
         let mut more = true;
-        for _ in 0..queue.size() {
+        let direct = self.merge && self.waiting.is_none() && metadata.is_none() && limiter.is_unlimited();
+        let delivered = if direct { self.receive_directly(tap, queue, counters)? } else { 0 };
+        for _ in delivered..queue.size() {
             let Some(length) = self.next(tap, metadata.as_deref_mut(), counters) else {
                 more = false;
                 break;
@@ -64,19 +68,52 @@ impl Receiver {
         Ok(more)
     }
 
-    /// The frame that waits, or the next one: the service's, or the tap's.
-    fn next(&mut self, tap: &Tap, metadata: Option<&mut Metadata>, counters: &mut Counters) -> Option<usize> {
-        if self.waiting.is_none()
-            && let Some(frame) = metadata.and_then(Metadata::next_frame)
-        {
-            self.frame.resize(FRAME_MAX, 0);
-            self.frame[..frame.len()].copy_from_slice(&frame);
-            self.waiting = Some(frame.len());
+    /// Has the tap write into the guest's buffers, for as long as these have room for the longest frame. Says how many frames
+    /// there were; what is left is to be done frame by frame.
+    fn receive_directly(
+        &mut self,
+        tap: &Tap,
+        queue: &mut Queue,
+        counters: &mut Counters,
+    ) -> Result<u16, QueueError> {
+        let memory = queue.memory().clone();
+        let mut ahead: VecDeque<(Request, Buffers<'_>)> = VecDeque::new();
+        let (mut room, mut frames) = (0, 0);
+        while self.more && frames < queue.size() {
+            while room < FRAME_MAX as u64 && ahead.len() < usize::from(queue.size()) {
+                let Some(request) = queue.pop()? else { break };
+                // One that is malformed has room for nothing.
+                let buffers =
+                    queue.chain_in(&memory, request).map(|chain| chain.writable).unwrap_or_default();
+                room += buffers.len();
+                ahead.push_back((request, buffers));
+            }
+            if room < FRAME_MAX as u64 {
+                break;
+            }
+            let vectors: Vec<_> = ahead.iter().flat_map(|(_, buffers)| buffers.iovecs()).collect();
+            if vectors.len() > libc::UIO_MAXIOV as usize {
+                break;
+            }
+            let Some(length) = self.read(|| tap.receive_into(&vectors), counters) else { break };
+            room -= complete(&mut ahead, length as u64, queue)?;
+            frames += 1;
+            counters.rx_packets_count += 1;
+            counters.rx_bytes_count += (length - HEADER) as u64;
         }
-        while self.waiting.is_none() && self.more {
-            self.frame.resize(FRAME_MAX, 0);
-            match tap.receive(&mut self.frame) {
-                Ok(length) if length > HEADER => self.waiting = Some(length),
+        ahead.iter().for_each(|_| queue.undo_pop());
+        Ok(frames)
+    }
+
+    /// The length of the next frame of the tap, which `read` reads.
+    fn read(
+        &mut self,
+        mut read: impl FnMut() -> io::Result<usize>,
+        counters: &mut Counters,
+    ) -> Option<usize> {
+        while self.more {
+            match read() {
+                Ok(length) if length > HEADER => return Some(length),
                 // Not a frame.
                 Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.more = false,
@@ -88,6 +125,24 @@ impl Receiver {
                     self.more = false;
                 }
             }
+        }
+        None
+    }
+
+    /// The frame that waits, or the next one: the service's, or the tap's.
+    fn next(&mut self, tap: &Tap, metadata: Option<&mut Metadata>, counters: &mut Counters) -> Option<usize> {
+        if self.waiting.is_none()
+            && let Some(frame) = metadata.and_then(Metadata::next_frame)
+        {
+            self.frame.resize(FRAME_MAX, 0);
+            self.frame[..frame.len()].copy_from_slice(&frame);
+            self.waiting = Some(frame.len());
+        }
+        if self.waiting.is_none() && self.more {
+            let mut frame = std::mem::take(&mut self.frame);
+            frame.resize(FRAME_MAX, 0);
+            self.waiting = self.read(|| tap.receive(&mut frame), counters);
+            self.frame = frame;
         }
         self.waiting
     }
@@ -153,4 +208,43 @@ impl Receiver {
             }
         }
     }
+}
+
+/// Gives the buffers back that a frame of so many bytes is in, with their number in its header, and says how much room they
+/// had.
+fn complete(
+    ahead: &mut VecDeque<(Request, Buffers<'_>)>,
+    length: u64,
+    queue: &mut Queue,
+) -> Result<u64, QueueError> {
+    let (mut rest, mut count) = (length, 0u16);
+    for (_, buffers) in ahead.iter() {
+        if rest == 0 {
+            break;
+        }
+        let part = buffers.len().min(rest);
+        buffers.mark_written(part);
+        (rest, count) = (rest - part, count + 1);
+    }
+    let mut at = 0;
+    for slice in ahead.iter().flat_map(|(_, buffers)| buffers.slices()) {
+        for (place, byte) in BUFFERS.zip(count.to_le_bytes()) {
+            if (at..at + slice.len()).contains(&place)
+                && let Ok(part) = slice.subslice(place - at, 1)
+            {
+                part.copy_from(&[byte]);
+            }
+        }
+        at += slice.len();
+        if at >= BUFFERS.end {
+            break;
+        }
+    }
+    let (mut rest, mut room) = (length, 0);
+    for (request, buffers) in ahead.drain(..usize::from(count)) {
+        let part = buffers.len().min(rest);
+        (rest, room) = (rest - part, room + buffers.len());
+        queue.complete(request, part as u32)?;
+    }
+    Ok(room)
 }

@@ -116,6 +116,16 @@ impl Tap {
         Ok(rustix::io::read(&self.file, into)?)
     }
 
+    /// Takes the next frame into the buffers, which is cut if they are shorter. How much is in them has to be marked as
+    /// written.
+    pub fn receive_into(&self, vectors: &[libc::iovec]) -> io::Result<usize> {
+        let count = vectors.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
+        // SAFETY: the descriptor is open, and the caller's vectors are ranges of guest memory that buffers checked and keep
+        // mapped. Only the kernel writes to them; the guest may see and change that at any time.
+        let length = unsafe { libc::readv(self.file.as_raw_fd(), vectors.as_ptr(), count) };
+        usize::try_from(length).map_err(|_| io::Error::last_os_error())
+    }
+
     /// Sends one frame.
     pub fn send(&self, frame: &Buffers<'_>) -> io::Result<()> {
         let vectors = frame.iovecs();

@@ -79,6 +79,38 @@ fn a_frame_goes_over_as_many_buffers_as_it_needs_and_says_over_how_many() {
 }
 
 #[test]
+fn frames_go_straight_into_buffers_that_hold_the_longest_one_and_leave_the_others() {
+    const STEP: u64 = 0x1200;
+    let (mut rig, cable) = rig(true);
+    let driver = &mut rig.drivers[RECEIVE];
+    // The first one is shorter than the header.
+    driver.add(&[(BUFFER - 11, 11, true)]);
+    for n in 0..15 {
+        driver.add(&[(BUFFER + n * STEP, STEP as u32, true)]);
+    }
+    for frame in [frame(5000), frame(100), vec![0; 4]] {
+        cable.send(&frame).unwrap();
+    }
+    rig.transport.source(0);
+    let driver = &mut rig.drivers[RECEIVE];
+    assert_eq!(driver.used(), [(0, 11), (1, STEP as u32), (2, 5000 - 11 - STEP as u32), (3, 100)]);
+    let mut expected = frame(5000);
+    expected[10] = 3;
+    assert_eq!(driver.get(BUFFER - 11, 11 + STEP as usize), expected[..11 + STEP as usize]);
+    assert_eq!(driver.get(BUFFER + 2 * STEP + 10, 2), [1, 0]);
+    // What is left has no room for the longest one, but for this one.
+    cable.send(&frame(300)).unwrap();
+    rig.transport.source(0);
+    let driver = &mut rig.drivers[RECEIVE];
+    assert_eq!(driver.used(), [(4, 300)]);
+    assert_eq!(driver.get(BUFFER + 3 * STEP + 12, 288), frame(300)[12..]);
+    crate::testing::assert_marked(&driver.memory);
+    for expected in [("rx_packets_count", 3), ("rx_bytes_count", 5400 - 36), ("no_rx_avail_buffer", 0)] {
+        assert!(rig.transport.metrics().contains(&expected), "{expected:?}");
+    }
+}
+
+#[test]
 fn without_merging_a_frame_that_does_not_fit_is_lost_and_the_next_one_is_not() {
     let (mut rig, cable) = rig(false);
     cable.send(&frame(1000)).unwrap();
