@@ -16,6 +16,7 @@ pub mod calls;
 pub mod chain;
 pub mod dirty;
 mod interrupt;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;
@@ -61,6 +62,8 @@ pub enum Kind {
     Balloon = 5,
     /// Socket.
     Vsock = 19,
+    /// Memory that comes and goes.
+    Mem = 24,
     /// File system.
     FileSystem = 26,
 }

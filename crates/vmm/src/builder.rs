@@ -7,7 +7,7 @@ use std::time::Duration;
 use kapsel_devices::mmio::{Transport, register};
 use kapsel_devices::net::metadata::Metadata;
 use kapsel_devices::state::{Reader, StateError};
-use kapsel_devices::{Device, Memory, balloon, block, net, rng, vhost_user, vsock};
+use kapsel_devices::{Device, Memory, balloon, block, mem, net, rng, vhost_user, vsock};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -19,6 +19,7 @@ use crate::bus::{Bus, Exits, SharedSlot, Stop, lock};
 use crate::config::{self, Backing, CacheType, Config, Drive, NetworkInterface, RateLimiter};
 use crate::confine::{self, Policy, Thread};
 use crate::console::Console;
+use crate::hotplug;
 use crate::kernel;
 use crate::keyboard::Keyboard;
 use crate::machine::{Handles, Hardware, Machine};
@@ -131,11 +132,11 @@ pub fn build(
     let boot_source = config.boot_source.as_ref().ok_or(Error::NoKernel)?;
     let machine = &config.machine_config;
     let allocate = if config.served_elsewhere().is_empty() { memory::allocate } else { memory::share };
-    let memory = allocate(machine.mem_size_mib, machine.huge_pages, machine.track_dirty_pages)?;
+    let memory = allocate(config.into(), machine.huge_pages, machine.track_dirty_pages)?;
     let console = |line, drained| Ok(Console::new(line, drained, output));
     let parts = Parts::assemble(config, memory, console, surroundings, backends)?;
 
-    let memory = &parts.memory;
+    let memory = &memory::at_start(&parts.memory, config.into())?;
     let kernel = kernel::load(memory, &boot_source.kernel_image_path)?;
     let initrd = boot_source.initrd_path.as_deref();
     let initrd = initrd.map(|path| kernel::load_initrd(memory, &kernel, path)).transpose()?;
@@ -165,7 +166,7 @@ pub fn restore(
     let cpus = cpus.into_iter().map(ProcessorState::read).collect::<Result<Vec<_>, _>>()?;
     let machine = MachineState::read(machine)?;
 
-    let (memory, served) = load.memory(&config.machine_config)?;
+    let (memory, served) = load.memory(&config)?;
     let built = |error: Error| snapshot::Error::from(Box::new(error));
     let console = |line, drained| Ok(Console::restored(line, drained, output, console)?);
     let parts = Parts::assemble(&config, memory, console, surroundings, &mut Backends::default());
@@ -203,7 +204,7 @@ struct Parts {
     calls: confine::Machine,
     drained: EventFd,
     vcpus: Vec<VcpuFd>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: Memory,
     template: Template,
 }
@@ -220,7 +221,8 @@ impl Parts {
         let template = config.cpu_config.as_ref().map(template::Source::template).transpose()?;
         let template = template.unwrap_or_default().into_owned();
         let kvm = open_kvm(&template)?;
-        let vm = create_vm(&kvm, &memory)?;
+        let size = memory::Size::from(config);
+        let vm = Arc::new(create_vm(&kvm, &memory, memory::ranges(size.mib).len())?);
         let drained = event()?;
         let console = console(line(&vm, layout::SERIAL_GSI)?, drained.try_clone()?)?;
         let Slots { slots, mut places, handles, .. } =
@@ -229,7 +231,8 @@ impl Parts {
         for index in slots.len()..slots.len() + spare {
             places.push(Place::of(index).ok_or(Error::TooManyDevices)?);
         }
-        let calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
+        let mut calls: Vec<_> = slots.iter().map(|slot| lock(slot).system_calls()).collect();
+        calls.extend(config.memory_hotplug.map(|_| hotplug::system_calls()));
         let bus = Arc::new(Bus {
             console: Mutex::new(console),
             keyboard: Mutex::new(Keyboard::new(line(&vm, layout::KEYBOARD_GSI)?)),
@@ -296,12 +299,12 @@ fn open_kvm(template: &Template) -> Result<Kvm, Error> {
     Ok(kvm)
 }
 
-/// A machine with memory and interrupt controllers.
-fn create_vm(kvm: &Kvm, memory: &Memory) -> Result<VmFd, Error> {
+/// A machine with interrupt controllers and the first `regions` of the memory; what is left can be plugged.
+fn create_vm(kvm: &Kvm, memory: &Memory, regions: usize) -> Result<VmFd, Error> {
     let vm = kvm.create_vm().map_err(|e| Error::Kvm("create a machine", e))?;
     vm.set_tss_address(layout::KVM_TSS).map_err(|e| Error::Kvm("place its own pages", e))?;
     vm.create_irq_chip().map_err(|e| Error::Kvm("create interrupt controllers", e))?;
-    for (slot, region) in memory.iter().enumerate() {
+    for (slot, region) in memory.iter().take(regions).enumerate() {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
             flags: if region.get_mmap().bitmap().pages().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
@@ -324,7 +327,7 @@ fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, Error> {
 }
 
 fn create_devices<'a>(
-    vm: &'a VmFd,
+    vm: &'a Arc<VmFd>,
     memory: &'a Memory,
     config: &Config,
     mmds: &mmds::Shared,
@@ -352,6 +355,11 @@ fn create_devices<'a>(
     if let Some(entropy) = &config.entropy {
         slots.plug(rng::Rng::new(entropy.rate_limiter.unwrap_or_default().into())?, None)?;
     }
+    if let Some(device) = config.memory_hotplug.and_then(|wanted| hotplug::device(&wanted, config.into())) {
+        let first = memory::ranges(config.machine_config.mem_size_mib).len() as u32;
+        let host = hotplug::Slots::new(vm.clone(), memory.clone(), first, device);
+        slots.handles.hotplug = Some(slots.plug(mem::Mem::new(device, Box::new(host)), None)?);
+    }
     // After all others, whose places are those of the saved machine.
     config.late_network_interfaces.iter().try_for_each(|interface| slots.plug_card(interface, served))?;
     for share in &config.shares {
@@ -362,7 +370,7 @@ fn create_devices<'a>(
 }
 
 struct Slots<'a> {
-    vm: &'a VmFd,
+    vm: &'a Arc<VmFd>,
     memory: &'a Memory,
     slots: Vec<SharedSlot>,
     places: Vec<Place>,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::mac::Mac;
 use crate::memory::HugePages;
 use crate::x86::template;
-use crate::{log, metrics, mmds, serial};
+use crate::{hotplug, log, metrics, mmds, serial};
 
 /// Most processors of a machine.
 pub const CPUS_MAX: u8 = 32;
@@ -60,6 +60,9 @@ pub struct Config {
     /// The metadata service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mmds_config: Option<mmds::Config>,
+    /// Memory that can be plugged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<hotplug::Config>,
     /// Changes to the processors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_config: Option<template::Source>,
@@ -414,6 +417,9 @@ pub enum Error {
     /// Shared directories.
     #[error("Share config error: the tag {0:?} is used twice, or has not 1 to {TAG_MAX} bytes")]
     Tag(String),
+    /// Memory that can be plugged.
+    #[error("Memory hotplug config error: {0}")]
+    Hotplug(#[from] hotplug::ConfigError),
     /// Root disks.
     #[error("Drive config error: A root block device already exists!")]
     TwoRoots,
@@ -459,6 +465,7 @@ impl Config {
         {
             return Err(Error::BalloonAboveMemory);
         }
+        self.memory_hotplug.as_ref().map_or(Ok(()), hotplug::Config::check)?;
         self.check_interfaces()?;
         for (index, Share { tag, .. }) in self.shares.iter().enumerate() {
             let fits = (1..=TAG_MAX).contains(&tag.len()) && !tag.contains('\0');

@@ -15,7 +15,7 @@ use kapsel_devices::mmio::{Slot, Transport};
 use kapsel_devices::net::metadata::{Metadata, Service};
 use kapsel_devices::rate::Limits;
 use kapsel_devices::state::Reader;
-use kapsel_devices::{Memory, balloon, block, rng};
+use kapsel_devices::{Memory, balloon, block, mem, rng};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -138,6 +138,15 @@ fn parts() -> io::Result<(Memory, MemoryFile)> {
     Ok((memory, MemoryFile::new(&[7; 4096])?))
 }
 
+/// A host that always has more memory.
+struct Generous;
+
+impl mem::Host for Generous {
+    fn give(&mut self, _: usize, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The devices of the machine that the corpus has.
 fn devices(memory: &Memory, disk: &MemoryFile) -> Vec<Box<dyn Slot>> {
     let line = || EventFd::new(EFD_NONBLOCK).expect("the host has descriptors");
@@ -156,10 +165,13 @@ fn devices(memory: &Memory, disk: &MemoryFile) -> Vec<Box<dyn Slot>> {
     };
     let disk = block::Block::new(disk).expect("the disk is there");
     let balloon = balloon::Balloon::new(balloon).expect("the host has descriptors");
+    let region = mem::Config { address: 0x8_0000, size: 0x8_0000, block: 0x1000, slot: 0x1_0000 };
+    let region = mem::Mem::new(region, Box::new(Generous));
     let no_descriptors = "the host has descriptors";
     vec![
         Box::new(Transport::new(disk, memory.clone(), line()).expect(no_descriptors)),
         Box::new(Transport::new(balloon, memory.clone(), line()).expect(no_descriptors)),
+        Box::new(Transport::new(region, memory.clone(), line()).expect(no_descriptors)),
         Box::new(
             Transport::new(rng::Rng::new(Limits::default()).expect(no_descriptors), memory.clone(), line())
                 .expect(no_descriptors),

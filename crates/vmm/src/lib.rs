@@ -12,6 +12,7 @@ mod console;
 mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod hotplug;
 pub mod kernel;
 mod keyboard;
 pub mod log;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use kapsel_devices::Kind;
 use kapsel_devices::balloon::{Balloon, Statistics, StatisticsError};
 use kapsel_devices::block::{self, Block};
+use kapsel_devices::mem::{InvalidSize, Mem};
 use kapsel_devices::mmio::Transport;
 use kapsel_devices::net::Net;
 use kapsel_devices::rate::Limits;
@@ -41,8 +42,11 @@ pub(crate) struct Handles {
     pub served_disks: Vec<ServedDisk>,
     pub interfaces: Vec<Interface>,
     pub balloon: Option<SharedBalloon>,
+    pub hotplug: Option<SharedMem>,
 }
 
+/// Memory that can be plugged.
+pub(crate) type SharedMem = Arc<Mutex<Transport<Mem>>>;
 /// The balloon.
 pub(crate) type SharedBalloon = Arc<Mutex<Transport<Balloon>>>;
 /// A network card by its name.
@@ -61,6 +65,7 @@ fn group(kind: Kind) -> &'static str {
         Kind::Balloon => "balloon",
         Kind::Vsock => "vsock",
         Kind::FileSystem => "fs",
+        Kind::Mem => "memory_hotplug",
     }
 }
 
@@ -84,7 +89,7 @@ pub struct Machine {
 pub(crate) struct Hardware {
     /// The registers that a processor is saved with.
     pub msrs: Vec<u32>,
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
     pub memory: kapsel_devices::Memory,
     /// What keeps another process in charge of the memory, if one is.
     pub served: Option<OwnedFd>,
@@ -270,6 +275,21 @@ impl Machine {
         }
     }
 
+    /// Asks the guest to have so many MiB plugged. A machine without such memory does not change.
+    ///
+    /// # Errors
+    /// [`InvalidSize`].
+    pub fn resize_memory(&self, mib: u32) -> Result<(), InvalidSize> {
+        let bytes = u64::from(mib) << 20;
+        self.handles.hotplug.as_ref().map_or(Ok(()), |mem| lock(mem).reconfigure(|mem| mem.resize(bytes)))
+    }
+
+    /// How many MiB the guest has plugged and how many it is asked for, if it can have any.
+    pub fn plugged_memory(&self) -> Option<(u64, u64)> {
+        let mem = lock(self.handles.hotplug.as_ref()?);
+        Some((mem.device().plugged() >> 20, mem.device().requested() >> 20))
+    }
+
     /// Saves the machine, which is made as `config` says. It has to be held.
     ///
     /// # Errors
@@ -291,7 +311,11 @@ impl Machine {
             sections.add("device", &writer.finish());
         }
         let memory = &self.hardware.memory;
-        snapshot::dirty::collect(&self.hardware.vm, memory)?;
+        let plugged =
+            self.handles.hotplug.as_ref().map_or_else(Vec::new, |mem| lock(mem).device().slots().collect());
+        let slots =
+            config.memory_hotplug.map(|hotplug| (u64::from(hotplug.slot_size_mib) << 20, &plugged[..]));
+        snapshot::dirty::collect(&self.hardware.vm, memory, slots)?;
         snapshot::memory::save(memory, &to.mem_file_path, to.snapshot_type)?;
         // Last: without it the memory is of no use to anybody.
         sections.write(&to.snapshot_path)?;

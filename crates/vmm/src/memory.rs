@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
+use crate::config::Config;
 use crate::x86::layout::{HOLE, HOLE_END};
 
 /// The pages behind the guest's memory.
@@ -41,19 +42,59 @@ pub fn ranges(mib: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
+/// How much memory a guest has, and may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// What it has from the start, in MiB.
+    pub mib: u64,
+    /// What can be plugged while it runs, in MiB.
+    pub hotplug_mib: u64,
+}
+
+impl Size {
+    /// Parts of the guest's physical address space that are mapped: as [`ranges`], and the last one is what can be plugged.
+    pub fn ranges(self) -> Vec<(u64, u64)> {
+        let mut ranges = ranges(self.mib);
+        ranges.extend(hotplug_range(self));
+        ranges
+    }
+
+    /// All of it, in bytes.
+    pub fn bytes(self) -> u64 {
+        (self.mib + self.hotplug_mib) << 20
+    }
+}
+
+impl From<&Config> for Size {
+    fn from(config: &Config) -> Self {
+        let hotplug_mib = config.memory_hotplug.map_or(0, |hotplug| hotplug.total_size_mib.into());
+        Size { mib: config.machine_config.mem_size_mib, hotplug_mib }
+    }
+}
+
+/// Where memory that can be plugged begins, at the least. Kernels take memory in pieces of this size.
+const HOTPLUG_ALIGNMENT: u64 = 2 << 30;
+
+/// Start and size in bytes of the part that can be plugged: above everything else.
+pub fn hotplug_range(size: Size) -> Option<(u64, u64)> {
+    let end = ranges(size.mib).last().map_or(0, |(start, length)| start + length);
+    let start = end.max(HOLE_END).next_multiple_of(HOTPLUG_ALIGNMENT);
+    (size.hotplug_mib > 0).then_some((start, size.hotplug_mib << 20))
+}
+
 /// Maps memory for a guest. It is given by the host only as the guest touches it. `tracked` has the monitor's own writes
 /// marked.
 ///
 /// # Errors
 /// When the address space, or the host's reserve of huge pages, does not suffice.
-pub fn allocate(mib: u64, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
-    let failed = |reason: String| Error { mib, reason };
+pub fn allocate(size: Size, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
+    let failed = |reason: String| Error { mib: size.bytes() >> 20, reason };
     let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     if pages == HugePages::TwoMegabytes {
         flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
     }
     let mut regions = Vec::new();
-    for (start, size) in ranges(mib) {
+    for (start, size) in size.ranges() {
         let size = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
         let mapping = MmapRegionBuilder::new_with_bitmap(size, Dirty::new(size, tracked))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -74,11 +115,11 @@ pub fn allocate(mib: u64, pages: HugePages, tracked: bool) -> Result<Memory, Err
 ///
 /// # Errors
 /// As for [`allocate`].
-pub fn share(mib: u64, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
-    let failed = |reason: String| Error { mib, reason };
-    let file = memory_file(mib << 20, pages).map_err(|e| failed(e.to_string()))?;
+pub fn share(size: Size, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
+    let failed = |reason: String| Error { mib: size.bytes() >> 20, reason };
+    let file = memory_file(size.bytes(), pages).map_err(|e| failed(e.to_string()))?;
     let (mut regions, mut offset) = (Vec::new(), 0);
-    for (start, size) in ranges(mib) {
+    for (start, size) in size.ranges() {
         let handle = file.try_clone().map_err(|e| failed(e.to_string()))?;
         let length = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
         let mapping = MmapRegionBuilder::new_with_bitmap(length, Dirty::new(length, tracked))
@@ -118,6 +159,17 @@ fn prefer_huge_pages(mapping: &vm_memory::MmapRegion<Dirty>) {
     }
 }
 
+/// The part of `memory`, which is of that size, that the guest has from the start.
+///
+/// # Errors
+/// When what can be plugged is not there.
+pub fn at_start(memory: &Memory, size: Size) -> Result<Memory, Error> {
+    let Some((start, length)) = hotplug_range(size) else { return Ok(memory.clone()) };
+    let removed = memory.remove_region(GuestAddress(start), length);
+    let (rest, _) = removed.map_err(|e| Error { mib: size.hotplug_mib, reason: e.to_string() })?;
+    Ok(rest)
+}
+
 #[cfg(test)]
 mod tests {
     use vm_memory::GuestMemoryBackend;
@@ -135,7 +187,7 @@ mod tests {
     fn shared_memory_is_one_file_that_stays_as_long_as_it_is() {
         use vm_memory::{Bytes, GuestMemoryRegion};
 
-        let memory = share(4096, HugePages::None, true).unwrap();
+        let memory = share(Size { mib: 4096, hotplug_mib: 0 }, HugePages::None, true).unwrap();
         memory.write_slice(b"high", GuestAddress(HOLE_END + 0x1000)).unwrap();
         let files: Vec<_> = memory.iter().map(|region| region.file_offset().unwrap()).collect();
         assert_eq!((files[0].start(), files[1].start()), (0, HOLE));
@@ -147,9 +199,21 @@ mod tests {
 
     #[test]
     fn sixty_four_gibibytes_can_be_promised() {
-        let memory = allocate(65536, HugePages::None, false).unwrap();
+        let size = Size { mib: 65536, hotplug_mib: 65536 };
+        let memory = allocate(size, HugePages::None, false).unwrap();
         assert!(memory.address_in_range(GuestAddress(HOLE - 1)));
         assert!(!memory.address_in_range(GuestAddress(HOLE)));
         assert!(memory.address_in_range(GuestAddress(HOLE_END)));
+        let (start, length) = hotplug_range(size).unwrap();
+        assert_eq!((start, length), (66 << 30, 64 << 30));
+        assert!(memory.address_in_range(GuestAddress(start + length - 1)));
+    }
+
+    #[test]
+    fn what_can_be_plugged_is_above_everything_else() {
+        let range = |mib, hotplug_mib| hotplug_range(Size { mib, hotplug_mib });
+        assert_eq!(range(128, 0), None);
+        assert_eq!(range(128, 128), Some((HOLE_END, 128 << 20)));
+        assert_eq!(range(4096, 256), Some((6 << 30, 256 << 20)));
     }
 }

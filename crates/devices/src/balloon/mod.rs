@@ -312,6 +312,11 @@ fn advice(memory: &Memory) -> i32 {
     if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED }
 }
 
+/// Gives the whole pages in a range of the guest's memory back to the host, as the balloon's are.
+pub(crate) fn release(memory: &Memory, slice: &Slice<'_>) {
+    Pages { memory, advice: advice(memory) }.release(slice);
+}
+
 /// The guest's memory, of which the host gets pages back.
 struct Pages<'a> {
     memory: &'a Memory,

@@ -173,6 +173,7 @@ impl PreBoot {
             Request::GetBalloon => return config.balloon.as_ref().map(value).ok_or(Fault::NoBalloon),
             Request::PutBalloon(balloon) => config.balloon = Some(balloon),
             Request::PutCpuConfig(template) => config.cpu_config = Some(Source::Inline(template)),
+            Request::PutMemoryHotplug(hotplug) => config.memory_hotplug = Some(hotplug),
             Request::PutSerial(settings) => config.serial = settings,
             Request::PutVsock(vsock) => config.vsock = Some(vsock),
             Request::PutEntropy(entropy) => config.entropy = Some(entropy),
@@ -185,6 +186,8 @@ impl PreBoot {
             Request::GetVersion => return Ok(version()),
             Request::PatchDrive(_)
             | Request::PatchInterface(_)
+            | Request::GetMemoryHotplug
+            | Request::PatchMemoryHotplug(_)
             | Request::PatchBalloon(_)
             | Request::GetBalloonStatistics
             | Request::PatchBalloonStatistics(_)
@@ -284,6 +287,22 @@ impl Running {
                 balloon.stats_polling_interval_s = seconds;
                 Ok(Answer::Done)
             }
+            Request::GetMemoryHotplug => {
+                let hotplug = self.config.memory_hotplug.ok_or(Fault::NoHotplug)?;
+                let (plugged, requested) = machine.plugged_memory().ok_or(Fault::NoHotplug)?;
+                Ok(Answer::Value(json!({
+                    "total_size_mib": hotplug.total_size_mib,
+                    "block_size_mib": hotplug.block_size_mib,
+                    "slot_size_mib": hotplug.slot_size_mib,
+                    "plugged_size_mib": plugged,
+                    "requested_size_mib": requested,
+                })))
+            }
+            Request::PatchMemoryHotplug(update) => {
+                self.config.memory_hotplug.ok_or(Fault::NoHotplug)?;
+                machine.resize_memory(update.requested_size_mib)?;
+                Ok(Answer::Done)
+            }
             Request::GetMmds => Ok(Answer::Value(lock(self.metadata()?).get().clone())),
             Request::PutMmds(document) => {
                 lock(self.metadata()?).put(document)?;
@@ -325,6 +344,7 @@ impl Running {
             | Request::PutVsock(_)
             | Request::PutCpuConfig(_)
             | Request::PutSerial(_)
+            | Request::PutMemoryHotplug(_)
             | Request::PutEntropy(_)
             | Request::Start => Err(Fault::AfterStart),
         }

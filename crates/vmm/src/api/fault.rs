@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kapsel_devices::{balloon, block, net, vhost_user};
+use kapsel_devices::{balloon, block, mem, net, vhost_user};
 
 use crate::x86::template;
 use crate::{builder, config, metrics, mmds, snapshot};
@@ -86,6 +86,12 @@ pub enum Fault {
     /// The CPU template cannot be read.
     #[error("CPU template error: {0}")]
     Template(#[from] template::Error),
+    /// There is no memory that can be plugged.
+    #[error("Memory hotplug update error: No memory hotplug device found.")]
+    NoHotplug,
+    /// Not so much can be plugged.
+    #[error("Memory hotplug update error: {0}")]
+    Hotplug(#[from] mem::InvalidSize),
     /// The guest does not take its keys.
     #[error("Internal VMM error: the guest has not read what was typed before")]
     Keyboard,

@@ -10,7 +10,7 @@ use crate::config::{
     MachineConfigUpdate, NetworkInterface, RateLimiter, Vsock,
 };
 use crate::x86::template::Template;
-use crate::{log, metrics, mmds, serial, snapshot};
+use crate::{hotplug, log, metrics, mmds, serial, snapshot};
 
 /// Something that the API can be asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +47,12 @@ pub enum Request {
     PatchBalloonStatistics(BalloonStatisticsUpdate),
     /// Adds sockets.
     PutVsock(Vsock),
+    /// Have memory that can be plugged.
+    PutMemoryHotplug(hotplug::Config),
+    /// How much is plugged?
+    GetMemoryHotplug,
+    /// Plug another amount.
+    PatchMemoryHotplug(hotplug::Update),
     /// Change the processors.
     PutCpuConfig(Template),
     /// Say where the serial console's output goes.
@@ -153,6 +159,9 @@ impl Request {
             Request::PatchInterface(_) => (patch, "network_count", Some("network_fails")),
             Request::PutVsock(_) => (put, "vsock_count", Some("vsock_fails")),
             Request::PutCpuConfig(_) => (put, "cpu_cfg_count", Some("cpu_cfg_fails")),
+            Request::PutMemoryHotplug(_) => (put, "hotplug_memory_count", Some("hotplug_memory_fails")),
+            Request::PatchMemoryHotplug(_) => (patch, "hotplug_memory_count", Some("hotplug_memory_fails")),
+            Request::GetMemoryHotplug => (get, "hotplug_memory_count", None),
             Request::PutSerial(_) => (put, "serial_count", Some("serial_fails")),
             Request::GetMmds => (get, "mmds_count", None),
             Request::PutMmds(_) => (put, "mmds_count", Some("mmds_fails")),
@@ -231,6 +240,11 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Invalid> 
         ("GET", "version", None) => Ok(Request::GetVersion),
         ("PUT", "vsock", None) => Ok(Request::PutVsock(serde_json::from_slice(body)?)),
         ("PUT", "cpu-config", None) => Ok(Request::PutCpuConfig(serde_json::from_slice(body)?)),
+        ("PUT", "hotplug", Some("memory")) => Ok(Request::PutMemoryHotplug(serde_json::from_slice(body)?)),
+        ("PATCH", "hotplug", Some("memory")) => {
+            Ok(Request::PatchMemoryHotplug(serde_json::from_slice(body)?))
+        }
+        ("GET", "hotplug", Some("memory")) => Ok(Request::GetMemoryHotplug),
         ("PUT", "serial", None) => Ok(Request::PutSerial(serde_json::from_slice(body)?)),
         ("PUT", "entropy", None) => Ok(Request::PutEntropy(serde_json::from_slice(body)?)),
         ("GET", "mmds", None) => Ok(Request::GetMmds),

@@ -3,7 +3,7 @@
 use kapsel_devices::calls::{SystemCall, SystemCalls, any, only};
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
-    kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 
 /// What a thread may call.
@@ -84,6 +84,11 @@ const READ: u32 = 2;
 /// A request to KVM (linux/kvm.h): direction, number and size of its argument.
 const fn kvm(direction: u32, number: u32, size: usize) -> SystemCall {
     only(libc::SYS_ioctl, 1, direction << 30 | (size as u32) << 16 | 0xae << 8 | number)
+}
+
+/// Gives a guest memory, or takes it away.
+pub const fn set_memory_region() -> SystemCall {
+    kvm(WRITE, 0x46, size_of::<kvm_userspace_memory_region>())
 }
 
 const KVM_RUN: SystemCall = kvm(0, 0x80, 0);

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use seccompiler::{BpfMap, BpfProgram};
 
-pub use lists::{Calls, Machine, api, machine};
+pub use lists::{Calls, Machine, api, machine, set_memory_region};
 pub use trap::{EXIT_CODE, install as install_trap, set_log};
 
 /// What a thread is for.

@@ -18,7 +18,7 @@ use vm_memory::{
 };
 
 use super::{Error, Kind};
-use crate::memory::{HugePages, ranges, share};
+use crate::memory::{HugePages, Size, share};
 
 /// Memory is looked at in pieces of this size, in bytes.
 const PIECE: u64 = 64 * 1024;
@@ -106,21 +106,21 @@ impl Writer {
     }
 }
 
-/// Maps a file as the memory of a guest with so many MiB. What the guest writes is its own and not in the file; `tracked`
+/// Maps a file as the memory of a guest of such a size. What the guest writes is its own and not in the file; `tracked`
 /// has what the monitor writes marked.
 ///
 /// # Errors
 /// [`Error::File`] when it cannot be mapped, [`Error::MemorySize`] when it is not of that size.
-pub fn load(mib: u64, path: &Path, tracked: bool) -> Result<Memory, Error> {
+pub fn load(size: Size, path: &Path, tracked: bool) -> Result<Memory, Error> {
     let failed = |e| Error::file("map the memory", path, e);
     let file = File::open(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?.len();
-    if found != mib << 20 {
-        return Err(Error::MemorySize { expected: mib << 20, found });
+    if found != size.bytes() {
+        return Err(Error::MemorySize { expected: size.bytes(), found });
     }
     let mut regions = Vec::new();
     let mut offset = 0;
-    for (start, size) in ranges(mib) {
+    for (start, size) in size.ranges() {
         let other = |e: String| failed(std::io::Error::other(e));
         let handle = file.try_clone().map_err(failed)?;
         let size_here = usize::try_from(size).map_err(|e| other(e.to_string()))?;
@@ -142,14 +142,14 @@ pub fn load(mib: u64, path: &Path, tracked: bool) -> Result<Memory, Error> {
 ///
 /// # Errors
 /// As for [`load`]; [`Error::Build`] without memory.
-pub fn copy(mib: u64, path: &Path) -> Result<Memory, Error> {
+pub fn copy(size: Size, path: &Path) -> Result<Memory, Error> {
     let failed = |e| Error::file("copy the memory", path, e);
     let mut file = File::open(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?.len();
-    if found != mib << 20 {
-        return Err(Error::MemorySize { expected: mib << 20, found });
+    if found != size.bytes() {
+        return Err(Error::MemorySize { expected: size.bytes(), found });
     }
-    let memory = share(mib, HugePages::None, false).map_err(|e| Box::new(e.into()))?;
+    let memory = share(size, HugePages::None, false).map_err(|e| Box::new(e.into()))?;
     let mut offset = 0;
     for region in memory.iter() {
         let (start, end) = (offset, offset + region.len());
@@ -174,18 +174,22 @@ mod tests {
     use super::*;
     use crate::memory::allocate;
 
+    fn mib(mib: u64) -> Size {
+        Size { mib, hotplug_mib: 0 }
+    }
+
     #[test]
     fn memory_comes_back_as_it_was_and_the_file_stays_as_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
-        let memory = allocate(8, HugePages::None, false).unwrap();
+        let memory = allocate(mib(8), HugePages::None, false).unwrap();
         memory.write_slice(b"hello", GuestAddress(0x12_3456)).unwrap();
         save(&memory, &path, Kind::Full).unwrap();
         let metadata = path.metadata().unwrap();
         assert_eq!(metadata.len(), 8 << 20);
         assert!(metadata.blocks() * 512 <= 128 * 1024, "zeroes take no space");
         for _ in 0..2 {
-            let loaded = load(8, &path, false).unwrap();
+            let loaded = load(mib(8), &path, false).unwrap();
             assert_eq!(bytes(&loaded, 0x12_3456), *b"hello");
             loaded.write_slice(b"other", GuestAddress(0x12_3456)).unwrap();
         }
@@ -201,7 +205,7 @@ mod tests {
     fn a_diff_has_what_was_written_zeroes_too_and_merges_into_its_base() {
         let directory = tempfile::tempdir().unwrap();
         let (base, diff) = (directory.path().join("base"), directory.path().join("diff"));
-        let memory = allocate(8, HugePages::None, true).unwrap();
+        let memory = allocate(mib(8), HugePages::None, true).unwrap();
         memory.write_slice(b"first", GuestAddress(0x1000)).unwrap();
         memory.write_slice(b"stays", GuestAddress(0x2000)).unwrap();
         save(&memory, &base, Kind::Full).unwrap();
@@ -213,7 +217,7 @@ mod tests {
         assert_eq!((metadata.len(), metadata.blocks() * 512), (8 << 20, 8192), "two pages");
         // Marks are kept until the state is written, too.
         save(&memory, &base, Kind::Diff).unwrap();
-        let merged = load(8, &base, false).unwrap();
+        let merged = load(mib(8), &base, false).unwrap();
         assert_eq!(bytes(&merged, 0x1000), [0; 5]);
         assert_eq!(bytes(&merged, 0x2000), *b"stays");
         assert_eq!(bytes(&merged, 0x7f_fffb), *b"after");
@@ -223,7 +227,7 @@ mod tests {
     fn without_marks_a_diff_is_everything() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
-        save(&allocate(2, HugePages::None, false).unwrap(), &path, Kind::Diff).unwrap();
+        save(&allocate(mib(2), HugePages::None, false).unwrap(), &path, Kind::Diff).unwrap();
         assert_eq!(path.metadata().unwrap().blocks() * 512, 2 << 20);
     }
 
@@ -231,15 +235,15 @@ mod tests {
     fn a_machine_can_be_saved_onto_the_file_that_it_comes_from() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
-        let memory = allocate(2, HugePages::None, false).unwrap();
+        let memory = allocate(mib(2), HugePages::None, false).unwrap();
         memory.write_slice(b"first", GuestAddress(0x1000)).unwrap();
         memory.write_slice(b"stays", GuestAddress(0x2_0000)).unwrap();
         save(&memory, &path, Kind::Full).unwrap();
-        let loaded = load(2, &path, false).unwrap();
+        let loaded = load(mib(2), &path, false).unwrap();
         loaded.write_slice(&[0; 5], GuestAddress(0x1000)).unwrap();
         save(&loaded, &path, Kind::Full).unwrap();
         assert_eq!(bytes(&loaded, 0x2_0000), *b"stays");
-        let again = load(2, &path, false).unwrap();
+        let again = load(mib(2), &path, false).unwrap();
         assert_eq!((bytes(&again, 0x1000), bytes(&again, 0x2_0000)), ([0; 5], *b"stays"));
         assert!(path.metadata().unwrap().blocks() * 512 <= 64 * 1024, "zeroes take no space");
     }
@@ -248,24 +252,28 @@ mod tests {
     fn a_copy_has_what_the_file_has_and_its_holes() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
-        let memory = allocate(4096, HugePages::None, false).unwrap();
+        let memory = allocate(mib(4096), HugePages::None, false).unwrap();
         let places = [0x1000, 0x20_0ffc, 0xbfff_fffb, 0x1_0000_0000, 0x1_3fff_fffb];
         places.iter().for_each(|place| memory.write_slice(b"found", GuestAddress(*place)).unwrap());
         save(&memory, &path, Kind::Full).unwrap();
-        let copied = copy(4096, &path).unwrap();
+        let copied = copy(mib(4096), &path).unwrap();
         places.iter().for_each(|place| assert_eq!(&bytes(&copied, *place), b"found", "{place:#x}"));
         let file = copied.iter().next().unwrap().file_offset().unwrap();
         assert!(file.file().metadata().unwrap().blocks() * 512 <= 1 << 20, "zeroes take no memory");
         copied.write_slice(b"other", GuestAddress(0x1000)).unwrap();
-        assert_eq!(&bytes(&load(4096, &path, false).unwrap(), 0x1000), b"found", "the file stays as it is");
+        assert_eq!(
+            &bytes(&load(mib(4096), &path, false).unwrap(), 0x1000),
+            b"found",
+            "the file stays as it is"
+        );
     }
 
     #[test]
     fn a_file_of_another_size_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len((8 << 20) - 1).unwrap();
-        assert!(matches!(copy(8, file.path()), Err(Error::MemorySize { .. })));
-        assert!(matches!(load(8, file.path(), false), Err(Error::MemorySize { .. })));
-        assert!(matches!(load(8, Path::new("/nonexistent"), false), Err(Error::File { .. })));
+        assert!(matches!(copy(mib(8), file.path()), Err(Error::MemorySize { .. })));
+        assert!(matches!(load(mib(8), file.path(), false), Err(Error::MemorySize { .. })));
+        assert!(matches!(load(mib(8), Path::new("/nonexistent"), false), Err(Error::File { .. })));
     }
 }

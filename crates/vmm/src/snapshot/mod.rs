@@ -123,7 +123,7 @@ impl Load {
     /// # Errors
     /// [`Error::NoMemory`] when it is not said where it is, or twice, [`Error::ServedAndShared`], or what [`memory::load`],
     /// [`memory::copy`] and [`served::connect`] say.
-    pub fn memory(&self, machine: &config::MachineConfig) -> Result<(Memory, Option<OwnedFd>), Error> {
+    pub fn memory(&self, config: &config::Config) -> Result<(Memory, Option<OwnedFd>), Error> {
         let (kind, path) = match (&self.mem_backend, &self.mem_file_path) {
             (Some(backend), None) => (backend.backend_type, &backend.backend_path),
             (None, Some(path)) => (BackendType::File, path),
@@ -132,12 +132,13 @@ impl Load {
         let shared = !self.share_additions.is_empty();
         match kind {
             BackendType::Uffd if shared => Err(Error::ServedAndShared),
-            BackendType::File if shared => Ok((memory::copy(machine.mem_size_mib, path)?, None)),
+            BackendType::File if shared => Ok((memory::copy(config.into(), path)?, None)),
             BackendType::File => {
-                Ok((memory::load(machine.mem_size_mib, path, machine.track_dirty_pages)?, None))
+                let tracked = config.machine_config.track_dirty_pages;
+                Ok((memory::load(config.into(), path, tracked)?, None))
             }
             BackendType::Uffd => {
-                let (memory, descriptor) = served::connect(machine, path)?;
+                let (memory, descriptor) = served::connect(config, path)?;
                 Ok((memory, Some(descriptor)))
             }
         }

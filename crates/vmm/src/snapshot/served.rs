@@ -23,7 +23,7 @@ use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Error;
-use crate::config::MachineConfig;
+use crate::config::Config;
 use crate::memory::{HugePages, allocate};
 
 /// The device that makes them, for those who may open it.
@@ -50,8 +50,9 @@ struct Region {
 ///
 /// # Errors
 /// [`Error::File`] when nobody listens at `socket`, or the host gives no userfaultfd; [`Error::Build`] without memory.
-pub fn connect(machine: &MachineConfig, socket: &Path) -> Result<(Memory, OwnedFd), Error> {
-    let memory = allocate(machine.mem_size_mib, machine.huge_pages, machine.track_dirty_pages);
+pub fn connect(config: &Config, socket: &Path) -> Result<(Memory, OwnedFd), Error> {
+    let machine = &config.machine_config;
+    let memory = allocate(config.into(), machine.huge_pages, machine.track_dirty_pages);
     let memory = memory.map_err(|e| Box::new(e.into()))?;
     let failed = |action, path: &Path| {
         let path = path.to_owned();

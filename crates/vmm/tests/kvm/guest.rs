@@ -42,6 +42,12 @@ const METADATA_ADDRESS: &str = "169.254.169.254";
 pub const NETWORK_PORT: u16 = 7;
 /// How much goes to the host and back.
 pub const STREAM: usize = 8 << 20;
+/// How much memory is plugged while the guest runs.
+pub const PLUGGED_MIB: usize = 128;
+/// Said when the guest uses memory that it did not have before.
+pub const FILLED: &str = "filled";
+/// Said when it does not any more.
+pub const FREED: &str = "freed";
 /// How much memory the guest uses for a moment.
 pub const FREED_MIB: usize = 96;
 /// How much memory the balloon takes.
@@ -58,7 +64,11 @@ const HOST_CID: u32 = 2;
 
 /// Bytes that are at no place the same as at the next sector's.
 pub fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|n| (n * 7 + n / 512 * 3) as u8).collect()
+    (0..length).map(byte).collect()
+}
+
+fn byte(n: usize) -> u8 {
+    (n * 7 + n / 512 * 3) as u8
 }
 
 /// The kernel's command line for a task.
@@ -77,6 +87,7 @@ pub fn main() -> ! {
         "clone" => (clone(), libc::RB_POWER_OFF),
         "processor" => (processor(), libc::RB_POWER_OFF),
         "served" => (served(), libc::RB_POWER_OFF),
+        "memory" => (memory(), libc::RB_POWER_OFF),
         "network" => (network(), libc::RB_POWER_OFF),
         "console" => (console(), libc::RB_AUTOBOOT),
         _ => (Err(io::Error::other("there is no such task")), libc::RB_POWER_OFF),
@@ -230,16 +241,52 @@ fn answer(listener: &fs::File) -> io::Result<()> {
     Ok(())
 }
 
+fn memory_mib() -> io::Result<usize> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+    total
+        .and_then(|kib| kib.parse::<usize>().ok())
+        .map(|kib| kib / 1024)
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn wait() {
+    println!("{TICK}");
+    std::thread::sleep(std::time::Duration::from_millis(100));
+}
+
+/// Fills more memory than it had at first, and frees it when it is another machine.
+fn memory() -> io::Result<()> {
+    let before = memory_mib()?;
+    while memory_mib()? < before + PLUGGED_MIB {
+        wait();
+    }
+    let content = std::hint::black_box(pattern((before + PLUGGED_MIB / 4) << 20));
+    println!("{FILLED}");
+    let mut kernel = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
+    let mut record = [0; 1024];
+    loop {
+        match kernel.read(&mut record) {
+            Ok(length) if String::from_utf8_lossy(&record[..length]).contains("virtual machine fork") => {
+                break;
+            }
+            Ok(_) => {}
+            Err(_) => wait(),
+        }
+    }
+    // There is no room for another one.
+    let same = content.iter().enumerate().all(|(n, found)| *found == byte(n));
+    check(same, "plugged memory has what was written to it")?;
+    drop(std::hint::black_box(content));
+    println!("{FREED}");
+    while memory_mib()? > before + PLUGGED_MIB / 4 {
+        wait();
+    }
+    Ok(())
+}
+
 /// Ticks until the disk has grown and the balloon has taken memory away.
 fn ticks() -> io::Result<()> {
-    let memory_mib = || -> io::Result<usize> {
-        let text = fs::read_to_string("/proc/meminfo")?;
-        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
-        total
-            .and_then(|kib| kib.parse::<usize>().ok())
-            .map(|kib| kib / 1024)
-            .ok_or_else(|| io::ErrorKind::InvalidData.into())
-    };
     let before = memory_mib()?;
     // Touched and free again, to be reported to the host.
     drop(std::hint::black_box(vec![1u8; FREED_MIB << 20]));

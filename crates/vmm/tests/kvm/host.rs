@@ -38,7 +38,8 @@ impl Files {
         let initramfs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest.cpio");
         let this = std::env::current_exe().expect("this program has a path");
         let run = format!("exec {PROGRAM} {}", guest::ARGUMENT);
-        initramfs_of(&kernel, &MODULES, Some(&this), &run, &initramfs).expect("an initramfs can be written");
+        let modules = [&MODULES[..], &["drivers/virtio/virtio_mem"]].concat();
+        initramfs_of(&kernel, &modules, Some(&this), &run, &initramfs).expect("an initramfs can be written");
         // The program as it is shipped, if somebody names it.
         let vmm = std::env::var_os("KAPSEL_VMM").map_or_else(|| VMM.into(), PathBuf::from);
         let storage_daemon = "/usr/bin/qemu-storage-daemon".into();

@@ -5,6 +5,7 @@ mod api;
 mod guest;
 mod handler;
 mod host;
+mod hotplug;
 mod network;
 mod proxy;
 mod services;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         trial("processors_console_and_confinement_are_as_they_were_set", settings::settings),
         trial("a_monitor_logs_counts_limits_and_types_for_its_user", services::services),
         trial("a_disk_of_another_process_grows_and_its_end_is_noticed", vhost_user::vhost_user),
+        trial("memory_is_plugged_used_saved_and_given_back", hotplug::hotplug),
         trial("a_guest_is_on_the_network_until_its_tap_goes_away", network::network),
         trial(
             "a_machine_goes_on_in_others_from_whole_and_from_partial_snapshots_and_knows_that_it_does",
