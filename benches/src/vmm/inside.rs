@@ -75,6 +75,9 @@ pub struct Order {
     pub runs: usize,
     #[arg(long)]
     pub machines: usize,
+    /// Without filters of system calls.
+    #[arg(long)]
+    pub no_seccomp: bool,
     #[arg(long, required = true)]
     pub phase: Vec<Phase>,
 }
@@ -94,6 +97,9 @@ impl Order {
         ]);
         if let Some(firecracker) = &files.firecracker {
             words.extend(["--firecracker".into(), text(firecracker)]);
+        }
+        if self.no_seccomp {
+            words.push("--no-seccomp".into());
         }
         for name in self.phase.iter().filter_map(ValueEnum::to_possible_value) {
             words.extend(["--phase".into(), name.get_name().into()]);
@@ -123,9 +129,10 @@ pub fn main(order: &Order) -> Result<()> {
         let limit = phase.limit(order.runs, order.machines);
         progress(begun, &format!("{phase:?} begins, and may take {} s", limit.as_secs()));
         let deadline = Instant::now() + limit;
-        let mut programs = vec![Program { name: KAPSEL, path: &files.vmm, deadline }];
+        let no_seccomp = order.no_seccomp;
+        let mut programs = vec![Program { name: KAPSEL, path: &files.vmm, no_seccomp, deadline }];
         if let Some(path) = &files.firecracker {
-            programs.push(Program { name: FIRECRACKER, path, deadline });
+            programs.push(Program { name: FIRECRACKER, path, no_seccomp, deadline });
         }
         match phase {
             Phase::Starts => starts(&programs, files, order.runs, &mut measures),

@@ -41,6 +41,9 @@ struct Args {
     /// Count instructions instead of time: exact on a busy machine too. Needs the box
     #[arg(long)]
     counted: bool,
+    /// Measure both without filters of system calls; Firecracker has none where it is not built for musl
+    #[arg(long)]
+    no_seccomp: bool,
     /// Measure only this, and write no JSON; may be given several times
     #[arg(long, value_name = "PHASE")]
     only: Vec<inside::Phase>,

@@ -60,7 +60,8 @@ pub fn main(args: &Args) -> Result<()> {
     let line = output.lines().find_map(|line| line.strip_prefix(RESULTS));
     let measures: Vec<Measure> = serde_json::from_str(line.context("there are no results")?)?;
     print(&measures);
-    if !args.only.is_empty() {
+    // What is comparable with other results is kept.
+    if !args.only.is_empty() || args.no_seccomp {
         return Ok(());
     }
     let report =
@@ -74,7 +75,7 @@ fn order(args: &Args, files: Files) -> Order {
         [] => Phase::value_variants().to_vec(),
         only => only.to_vec(),
     };
-    Order { files, runs: args.runs, machines: args.machines, phase }
+    Order { files, runs: args.runs, machines: args.machines, no_seccomp: args.no_seccomp, phase }
 }
 
 fn here(this: &Path, args: &Args, files: Files) -> Result<String> {
