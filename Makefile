@@ -3,7 +3,7 @@
 # Everything that a build, a run or a test needs from Debian is named here and nowhere else.
 PACKAGES_BUILD := gcc libc6-dev pkg-config libseccomp-dev libcap-ng-dev
 PACKAGES_RUN   := qemu-system-x86 busybox-static e2fsprogs nftables
-PACKAGES_TEST  := cpio erofs-utils skopeo umoci attr iproute2 iptables podman docker.io containerd containernetworking-plugins
+PACKAGES_TEST  := buildah cpio erofs-utils skopeo umoci attr iproute2 iptables podman docker.io containerd containernetworking-plugins
 PACKAGES_BENCH := runc crun runsc
 PACKAGES_KERNEL := linux-source-6.12 make gcc libc6-dev flex bison bc libelf-dev xz-utils
 # What the Debian package needs beside PACKAGES_RUN (busybox is for the demonstration), and what it is good for.

@@ -1,5 +1,6 @@
-//! kapsel-runtime as engines call it, with real sandboxes: by hand first, then by Podman and Docker.
+//! kapsel-runtime as engines call it, with real sandboxes: by hand first, then by Podman, buildah and Docker.
 
+mod buildah;
 mod by_hand;
 mod cgroup;
 mod docker;
