@@ -72,6 +72,23 @@ impl Workshop {
         Ok(dir)
     }
 
+    /// As [`Self::bundle`], with a root file system of its own, which may be written.
+    pub fn writable_bundle(&self, name: &str, args: &[&str]) -> Result<PathBuf> {
+        let dir = self.bundle(name, args)?;
+        let rootfs = dir.join("rootfs");
+        finish(Command::new("cp").arg("-a").arg(self.bundle.path().join("rootfs")).arg(&rootfs))?;
+        let path = dir.join("config.json");
+        let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        spec["root"] = serde_json::json!({ "path": rootfs, "readonly": false });
+        std::fs::write(&path, serde_json::to_vec(&spec)?)?;
+        Ok(dir)
+    }
+
+    /// The path of one of kapsel's programs.
+    pub fn program(&self, name: &str) -> String {
+        self.bin.join(name).to_string_lossy().into_owned()
+    }
+
     /// `run true`, start to exit.
     pub fn warm(&self) -> Result<Vec<Contender>> {
         let bundle = self.bundle("true", &["true"])?;
@@ -193,7 +210,7 @@ fn runsc_do(args: &[&str]) -> Command {
 }
 
 /// A contender whose whole command counts, from its start to its exit.
-fn timed(name: &str, mut command: impl FnMut() -> Command + 'static) -> Contender {
+pub fn timed(name: &str, mut command: impl FnMut() -> Command + 'static) -> Contender {
     let run = move || {
         let start = Instant::now();
         finish(&mut command())?;
@@ -318,7 +335,8 @@ impl Running {
         Ok(Self { remove, _child: None })
     }
 
-    fn oci(runtime: &'static str, bundle: &Path, id: &str) -> Result<Self> {
+    /// A container of an OCI runtime in the foreground of a process of ours.
+    pub fn oci(runtime: &str, bundle: &Path, id: &str) -> Result<Self> {
         let mut command = oci(runtime);
         command.arg("run").arg("--bundle").arg(bundle).arg(id);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;

@@ -5,9 +5,11 @@
 //! data (`results/NAME.svg`).
 
 mod contenders;
+mod files;
 mod image;
 mod memory;
 mod parallel;
+mod podman;
 
 use std::path::PathBuf;
 
@@ -49,6 +51,10 @@ enum What {
     Memory,
     /// Twenty sandboxes started at once
     Parallel,
+    /// `podman run --rm IMAGE true`, against the same with runc
+    Podman,
+    /// 5,000 small files unpacked, found and read on a shared root file system, against EROFS and tmpfs, and runc
+    Files,
     /// A local archive of an image to its EROFS root file system, against tar, umoci and mkfs.erofs
     Image,
 }
@@ -92,6 +98,14 @@ fn main() -> Result<()> {
     }
     if wanted(What::Parallel) {
         parallel::measure(&workshop, &args.out)?;
+    }
+    if wanted(What::Podman) {
+        let (_storage, contenders) = podman::prepare(&workshop)?;
+        report::measure("podman", "podman run true: start to exit", "runc", args.runs, contenders)?
+            .publish(&args.out)?;
+    }
+    if wanted(What::Files) {
+        files::measure(&workshop, args.runs.div_ceil(4), &args.out)?;
     }
     Ok(())
 }
