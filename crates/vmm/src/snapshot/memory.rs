@@ -138,17 +138,18 @@ pub fn load(size: Size, path: &Path, tracked: bool) -> Result<Memory, Error> {
 }
 
 /// Copies a file into memory that other processes can map as well, for a guest with so many MiB: a private mapping of the file shows
-/// them nothing of what the guest writes. Holes stay holes.
+/// them nothing of what the guest writes. What is zero takes no memory, also where the file system does not know its holes.
 ///
 /// # Errors
 /// As for [`load`]; [`Error::Build`] without memory.
 pub fn copy(size: Size, path: &Path) -> Result<Memory, Error> {
     let failed = |e| Error::file("copy the memory", path, e);
-    let mut file = File::open(path).map_err(failed)?;
+    let file = File::open(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?.len();
     if found != size.bytes() {
         return Err(Error::MemorySize { expected: size.bytes(), found });
     }
+    let mut piece = vec![0; PIECE as usize];
     let memory = share(size, HugePages::None, false).map_err(|e| Box::new(e.into()))?;
     let mut offset = 0;
     for region in memory.iter() {
@@ -156,11 +157,17 @@ pub fn copy(size: Size, path: &Path) -> Result<Memory, Error> {
         while let Ok(data) = rustix::fs::seek(&file, SeekFrom::Data(offset))
             && data < end
         {
-            offset = rustix::fs::seek(&file, SeekFrom::Hole(data)).map_err(|e| failed(e.into()))?.min(end);
-            rustix::fs::seek(&file, SeekFrom::Start(data)).map_err(|e| failed(e.into()))?;
-            let (at, length) = (MemoryRegionAddress(data - start), (offset - data) as usize);
-            let read = region.read_exact_volatile_from(at, &mut file, length);
-            read.map_err(|e| failed(std::io::Error::other(e)))?;
+            let hole = rustix::fs::seek(&file, SeekFrom::Hole(data)).map_err(|e| failed(e.into()))?.min(end);
+            offset = data;
+            while offset < hole {
+                let piece = &mut piece[..PIECE.min(hole - offset) as usize];
+                file.read_exact_at(piece, offset).map_err(failed)?;
+                if piece.iter().any(|byte| *byte != 0) {
+                    let written = region.write_slice(piece, MemoryRegionAddress(offset - start));
+                    written.map_err(|e| failed(std::io::Error::other(e)))?;
+                }
+                offset += piece.len() as u64;
+            }
         }
         offset = end;
     }
