@@ -68,7 +68,6 @@ fn server_dies(dir: &Path) {
     };
     assert!(servers().into_iter().filter(|server| kill(*server)).count() > 0, "there is a server");
     until("the sandbox ends", || json(&["inspect", "shared"])[0]["status"] != "running");
-    assert!(logs().contains("the file server of"), "{}", logs());
     ok(&["rm", "-f", "shared"]);
 }
 
