@@ -101,7 +101,12 @@ pub fn md5sum(bytes: &[u8]) -> String {
 
 /// What kapsel-vmm cannot do is refused by name; `kvm` goes to QEMU for it.
 fn refused() {
-    let volumes: Vec<String> = (0..14).map(|n| format!("-v=/:/shared{n}")).collect();
+    let volume = |n: i32| {
+        let dir = std::env::temp_dir().join(format!("many{n}"));
+        std::fs::create_dir(&dir).unwrap();
+        format!("-v={}:/shared{n}", dir.display())
+    };
+    let volumes: Vec<String> = (0..14).map(volume).collect();
     let shares: Vec<&str> = volumes.iter().map(String::as_str).chain(["busybox", "true"]).collect();
     let asked = run(&[&["run", "--rm", "--isolation", "kapsel-vmm"][..], &shares].concat());
     assert_ne!(asked.code, Some(0));
