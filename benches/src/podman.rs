@@ -25,8 +25,9 @@ pub fn prepare(workshop: &Workshop) -> Result<(TempDir, Vec<Contender>)> {
         let at = at.clone();
         timed(name, move || {
             let mut command = podman(&at, &runtime);
-            // A process may not raise its limits everywhere: it keeps this one's.
-            command.args(["run", "--rm", "--network", "none", "--ulimit", "host", "tiny", "true"]);
+            // Where this process may not raise its limits, runc cannot give Podman's defaults.
+            let limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"];
+            command.args(["run", "--rm", "--network", "none"]).args(limits).args(["tiny", "true"]);
             command
         })
     });
