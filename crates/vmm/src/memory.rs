@@ -1,13 +1,14 @@
 //! The guest's memory.
 
 use std::fs::File;
+use std::io;
 
 use kapsel_devices::Memory;
 use kapsel_devices::dirty::Dirty;
 use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 use crate::config::Config;
 use crate::x86::layout::{HOLE, HOLE_END};
@@ -29,6 +30,12 @@ pub enum HugePages {
 pub struct Error {
     mib: u64,
     reason: String,
+}
+
+impl Error {
+    fn new(size: Size, reason: &io::Error) -> Self {
+        Error { mib: size.bytes() >> 20, reason: reason.to_string() }
+    }
 }
 
 /// Parts of the guest's physical address space with memory: start and size in bytes.
@@ -88,26 +95,15 @@ pub fn hotplug_range(size: Size) -> Option<(u64, u64)> {
 /// # Errors
 /// When the address space, or the host's reserve of huge pages, does not suffice.
 pub fn allocate(size: Size, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
-    let failed = |reason: String| Error { mib: size.bytes() >> 20, reason };
-    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     if pages == HugePages::TwoMegabytes {
         flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
     }
-    let mut regions = Vec::new();
-    for (start, size) in size.ranges() {
-        let size = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(size, Dirty::new(size, tracked))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(flags)
-            .build()
-            .map_err(|e| failed(e.to_string()))?;
-        if pages == HugePages::None {
-            prefer_huge_pages(&mapping);
-        }
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-        regions.push(region.ok_or_else(|| failed("a region ends beyond the address space".into()))?);
+    let memory = map(size, None, flags, tracked).map_err(|e| Error::new(size, &e))?;
+    if pages == HugePages::None {
+        memory.iter().for_each(|region| prefer_huge_pages(&region.get_mmap()));
     }
-    Memory::from_regions(regions).map_err(|e| failed(e.to_string()))
+    Ok(memory)
 }
 
 /// As [`allocate`], in a file that other processes can map as well. No memory is shared unless it has to be: a guest's first touch of a
@@ -116,27 +112,36 @@ pub fn allocate(size: Size, pages: HugePages, tracked: bool) -> Result<Memory, E
 /// # Errors
 /// As for [`allocate`].
 pub fn share(size: Size, pages: HugePages, tracked: bool) -> Result<Memory, Error> {
-    let failed = |reason: String| Error { mib: size.bytes() >> 20, reason };
-    let file = memory_file(size.bytes(), pages).map_err(|e| failed(e.to_string()))?;
+    let file = memory_file(size.bytes(), pages);
+    let memory = file.and_then(|file| map(size, Some(&file), libc::MAP_SHARED, tracked));
+    memory.map_err(|e| Error::new(size, &e))
+}
+
+/// Maps the parts of such a memory, those of `file` one after the other if there is one; `flags` are MAP_PRIVATE or MAP_SHARED and
+/// what comes with it.
+///
+/// # Errors
+/// Those of mmap(2).
+pub fn map(size: Size, file: Option<&File>, flags: i32, tracked: bool) -> io::Result<Memory> {
     let (mut regions, mut offset) = (Vec::new(), 0);
-    for (start, size) in size.ranges() {
-        let handle = file.try_clone().map_err(|e| failed(e.to_string()))?;
-        let length = usize::try_from(size).map_err(|e| failed(e.to_string()))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(length, Dirty::new(length, tracked))
-            .with_file_offset(FileOffset::new(handle, offset))
+    for (start, length) in size.ranges() {
+        let mapped = usize::try_from(length).map_err(io::Error::other)?;
+        let mut builder = MmapRegionBuilder::new_with_bitmap(mapped, Dirty::new(mapped, tracked))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|e| failed(e.to_string()))?;
+            .with_mmap_flags(flags | libc::MAP_NORESERVE);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(FileOffset::new(file.try_clone()?, offset));
+        }
+        let mapping = builder.build().map_err(io::Error::other)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-        regions.push(region.ok_or_else(|| failed("a region ends beyond the address space".into()))?);
-        offset += size;
+        regions.push(region.ok_or_else(|| io::Error::other("a region ends beyond the address space"))?);
+        offset += length;
     }
-    Memory::from_regions(regions).map_err(|e| failed(e.to_string()))
+    Memory::from_regions(regions).map_err(io::Error::other)
 }
 
 /// A file of that size without a name. Nobody who has it can make it shorter, which would end this process at the next touch.
-fn memory_file(size: u64, pages: HugePages) -> std::io::Result<File> {
+fn memory_file(size: u64, pages: HugePages) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = File::from(match pages {
         HugePages::None => rustix::fs::memfd_create("guest-memory", flags)?,
@@ -172,8 +177,6 @@ pub fn at_start(memory: &Memory, size: Size) -> Result<Memory, Error> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestMemoryBackend;
-
     use super::*;
 
     #[test]

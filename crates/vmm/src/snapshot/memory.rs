@@ -11,14 +11,10 @@ use std::path::Path;
 use kapsel_devices::Memory;
 use kapsel_devices::dirty::{Dirty, PAGE};
 use rustix::fs::{FallocateFlags, SeekFrom};
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
-};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use super::{Error, Kind};
-use crate::memory::{HugePages, Size, share};
+use crate::memory::{HugePages, Size, map, share};
 
 /// Memory is looked at in pieces of this size, in bytes.
 const PIECE: u64 = 64 * 1024;
@@ -112,43 +108,31 @@ impl Writer {
 /// # Errors
 /// [`Error::File`] when it cannot be mapped, [`Error::MemorySize`] when it is not of that size.
 pub fn load(size: Size, path: &Path, tracked: bool) -> Result<Memory, Error> {
-    let failed = |e| Error::file("map the memory", path, e);
-    let file = File::open(path).map_err(failed)?;
-    let found = file.metadata().map_err(failed)?.len();
-    if found != size.bytes() {
-        return Err(Error::MemorySize { expected: size.bytes(), found });
-    }
-    let mut regions = Vec::new();
-    let mut offset = 0;
-    for (start, size) in size.ranges() {
-        let other = |e: String| failed(std::io::Error::other(e));
-        let handle = file.try_clone().map_err(failed)?;
-        let size_here = usize::try_from(size).map_err(|e| other(e.to_string()))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(size_here, Dirty::new(size_here, tracked))
-            .with_file_offset(FileOffset::new(handle, offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|e| other(e.to_string()))?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-        regions.push(region.ok_or_else(|| other("a region ends beyond the address space".into()))?);
-        offset += size;
-    }
-    Memory::from_regions(regions).map_err(|e| failed(std::io::Error::other(e)))
+    const ACTION: &str = "map the memory";
+    let file = open(size, path, ACTION)?;
+    map(size, Some(&file), libc::MAP_PRIVATE, tracked).map_err(|e| Error::file(ACTION, path, e))
 }
 
-/// Copies a file into memory that other processes can map as well, for a guest with so many MiB: a private mapping of the file shows
+/// Opens a file with memory of such a size.
+fn open(size: Size, path: &Path, action: &'static str) -> Result<File, Error> {
+    let failed = |e| Error::file(action, path, e);
+    let file = File::open(path).map_err(failed)?;
+    let found = file.metadata().map_err(failed)?.len();
+    match found == size.bytes() {
+        true => Ok(file),
+        false => Err(Error::MemorySize { expected: size.bytes(), found }),
+    }
+}
+
+/// Copies a file into memory that other processes can map as well, for a guest of such a size: a private mapping of the file shows
 /// them nothing of what the guest writes. What is zero takes no memory, also where the file system does not know its holes.
 ///
 /// # Errors
 /// As for [`load`]; [`Error::Build`] without memory.
 pub fn copy(size: Size, path: &Path) -> Result<Memory, Error> {
-    let failed = |e| Error::file("copy the memory", path, e);
-    let file = File::open(path).map_err(failed)?;
-    let found = file.metadata().map_err(failed)?.len();
-    if found != size.bytes() {
-        return Err(Error::MemorySize { expected: size.bytes(), found });
-    }
+    const ACTION: &str = "copy the memory";
+    let failed = |e| Error::file(ACTION, path, e);
+    let file = open(size, path, ACTION)?;
     let mut piece = vec![0; PIECE as usize];
     let memory = share(size, HugePages::None, false).map_err(|e| Box::new(e.into()))?;
     let mut offset = 0;
@@ -177,6 +161,8 @@ pub fn copy(size: Size, path: &Path) -> Result<Memory, Error> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::GuestAddress;
 
     use super::*;
     use crate::memory::allocate;
