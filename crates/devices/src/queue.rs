@@ -155,7 +155,7 @@ impl Queue {
     /// # Errors
     /// [`ChainError`] says what the driver did wrong. The request still has to be completed.
     pub fn chain(&self, request: Request) -> Result<Chain<'_>, ChainError> {
-        Chain::read(&self.memory, self.ring.desc_table(), self.ring.size(), request.head)
+        self.chain_in(&self.memory, request)
     }
 
     /// As [`Queue::chain`], in a copy of the queue's own [`Queue::memory`], so that the buffers can be kept while the queue

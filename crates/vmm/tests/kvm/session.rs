@@ -15,24 +15,29 @@ use serde_json::Value;
 use crate::guest;
 use crate::host::{Files, PATIENCE};
 
+/// Connects as soon as somebody listens.
+pub fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(socket) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            stream => {
+                let stream = stream?;
+                // Who does not answer fails its test, and does not hold up all of them.
+                stream.set_read_timeout(Some(PATIENCE))?;
+                return Ok(stream);
+            }
+        }
+    }
+}
+
 /// A connection to the API.
 pub struct Client(BufReader<UnixStream>);
 
 impl Client {
     /// Connects as soon as the monitor listens.
     pub fn connect(socket: &Path) -> io::Result<Self> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match UnixStream::connect(socket) {
-                Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
-                stream => {
-                    let stream = stream?;
-                    // A monitor that does not answer fails its test, and does not hold up all of them.
-                    stream.set_read_timeout(Some(PATIENCE))?;
-                    return Ok(Client(BufReader::new(stream)));
-                }
-            }
-        }
+        Ok(Client(BufReader::new(connect(socket)?)))
     }
 
     /// Status and body of the answer.

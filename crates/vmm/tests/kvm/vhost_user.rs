@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::Ordering;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::guest;
 use crate::host::{Files, PATIENCE};
 use crate::proxy;
-use crate::session::{Client, Session};
+use crate::session::{Client, Session, connect};
 
 const SECTOR: usize = 512;
 
@@ -63,20 +63,6 @@ impl Daemon {
             }
         }
         Ok(())
-    }
-}
-
-fn connect(socket: &Path) -> std::io::Result<UnixStream> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match UnixStream::connect(socket) {
-            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
-            stream => {
-                let stream = stream?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                return Ok(stream);
-            }
-        }
     }
 }
 
