@@ -1,4 +1,4 @@
-//! What every start of a container reads, read once before its template is saved: each clone finds it in memory.
+//! What processes of a container read when they start, read once before its template is saved: each clone finds it in memory.
 //!
 //! Under QEMU's translator a clone's first read of its disk costs more than the copy of what is read, as all of the way there is
 //! translated: overlay, EROFS, block layer and driver.
@@ -10,24 +10,24 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
+use kapsel_protocol::limits;
 use rustix::fs::{FileType, OFlags};
 
 use crate::container::root::Root;
 
 /// Bytes of each file that are read.
 const FILE_MAX: u64 = 8 << 20;
-/// Candidates for the program.
-const PROGRAMS_MAX: usize = 32;
 
 /// Reads the files of users of the container at `rootfs`, the first of `programs` that is a file, and what interprets it.
 pub fn start(rootfs: &CStr, programs: &[String]) {
     // What cannot be read now, the clone will read, or say why it cannot.
     let Ok(root) = Root::open(rootfs) else { return };
+    // The first process has read them by now; those that are added read them as well.
     for file in [c"/etc/passwd", c"/etc/group"] {
         open(&root, file).iter().for_each(read);
     }
     let program =
-        programs.iter().take(PROGRAMS_MAX).find_map(|path| open(&root, &CString::new(&**path).ok()?));
+        programs.iter().take(limits::PROGRAMS_MAX).find_map(|path| open(&root, &CString::new(&**path).ok()?));
     let Some(program) = program else { return };
     read(&program);
     if let Some(interpreter) = interpreter(&program) {

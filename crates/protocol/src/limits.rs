@@ -30,6 +30,9 @@ pub const ID_MAX: usize = 128;
 /// Bytes of a host name (the kernel's __NEW_UTS_LEN).
 pub const HOSTNAME_MAX: usize = 64;
 
+/// Paths at which a container's program is looked for, to be in a template's memory.
+pub const PROGRAMS_MAX: usize = 16;
+
 /// Network interfaces of a sandbox.
 pub const INTERFACES_MAX: usize = 8;
 

@@ -13,7 +13,7 @@ use super::child::ids;
 use super::process::{ProcessPlan, Seccomp};
 use super::report::{ChildError, During, Message, Step, Stopwatch};
 use super::root::Root;
-use super::user::{self, Accounts, Identity};
+use super::user::{self, Accounts, Identity, UserError};
 
 /// Where programs are looked for when the environment does not say.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -125,27 +125,30 @@ fn identity(
 ) -> Result<Identity, ChildError> {
     let accounts = || accounts.unwrap_or_else(Accounts::read);
     let has_home = ProcessPlan::variable(env, "HOME").is_some_and(|home| !home.is_empty());
-    let mut identity =
-        if !process.username.is_empty() {
-            let Accounts { passwd, group } = accounts();
-            let mut identity = user::resolve(&process.username, &passwd, &group).map_err(|error| {
-                ChildError { step: Step::User, errno: Errno::NOENT, detail: error.to_string() }
-            })?;
-            // The primary group too, so that a set-group-id program cannot shed a group that a file denies access to
-            // (CVE-2022-36109).
-            if !identity.groups.contains(&identity.gid) {
-                identity.groups.insert(0, identity.gid);
-            }
-            identity
-        } else {
-            let home = if has_home { String::new() } else { user::home(process.uid, &accounts().passwd) };
-            Identity { uid: process.uid, gid: process.gid, groups: vec![], home }
-        };
+    let mut identity = if !process.username.is_empty() {
+        named(&process.username, &accounts())?
+    } else {
+        let home = if has_home { String::new() } else { user::home(process.uid, &accounts().passwd) };
+        Identity { uid: process.uid, gid: process.gid, groups: vec![], home }
+    };
     identity.groups.extend(&process.additional_gids);
     if !has_home {
         env.retain(|entry| !entry.to_bytes().starts_with(b"HOME="));
         // Neither a line of passwd nor "/" contains a NUL that would survive here.
         env.extend(CString::new(format!("HOME={}", identity.home)));
+    }
+    Ok(identity)
+}
+
+/// Whom the image's files know by a name.
+fn named(name: &str, Accounts { passwd, group }: &Accounts) -> Result<Identity, ChildError> {
+    let unknown =
+        |error: UserError| ChildError { step: Step::User, errno: Errno::NOENT, detail: error.to_string() };
+    let mut identity = user::resolve(name, passwd, group).map_err(unknown)?;
+    // The primary group too, so that a set-group-id program cannot shed a group that a file denies access to
+    // (CVE-2022-36109).
+    if !identity.groups.contains(&identity.gid) {
+        identity.groups.insert(0, identity.gid);
     }
     Ok(identity)
 }

@@ -25,6 +25,10 @@ const DESCRIPTORS: usize = 4;
 /// Bytes of a request that is its own message.
 const INLINE_MAX: usize = 16 << 10;
 
+/// First bytes of a message: where the request is.
+const INLINE: u8 = b'o';
+const LONG: u8 = b'f';
+
 /// A process to become.
 #[derive(Debug)]
 pub struct Order {
@@ -69,10 +73,6 @@ pub fn send(
     rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
 }
-
-/// First bytes of a message: where the request is.
-const INLINE: u8 = b'o';
-const LONG: u8 = b'f';
 
 fn memory_file(bytes: &[u8]) -> std::io::Result<File> {
     let mut file = File::from(rustix::fs::memfd_create(c"order", MemfdFlags::CLOEXEC)?);

@@ -40,7 +40,8 @@ const PORT: &str = "kapsel.0";
 ///
 /// `reboot=t`: there is no ACPI reset or keyboard controller; a triple fault ends the machine (`-no-reboot`). `panic=-1` does so at
 /// once. The rest is what a virtual machine need not wait for: the timer check, a second source for the clock, checks of the
-/// kernel's own cryptography, mitigations under TCG (which has no speculation), watchdogs of processors that the host may well not let run, serial ports that do not exist.
+/// kernel's own cryptography, serial ports that do not exist; and under TCG mitigations, as it has no speculation, and watchdogs of
+/// processors, which the host may well not let run.
 pub(super) fn cmdline(spec: &MachineSpec, tsc_khz: Option<u64>) -> String {
     let mut line = String::from(
         "console=ttyS0 reboot=t panic=-1 quiet no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \

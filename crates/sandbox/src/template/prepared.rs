@@ -29,9 +29,6 @@ pub struct Prepared {
     request: api::CreateRequest,
 }
 
-/// Most paths at which a program is looked for.
-const PROGRAMS_MAX: usize = 16;
-
 /// What a template says of the container in it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
@@ -138,7 +135,7 @@ fn programs(process: &Process) -> Vec<String> {
     let path = process.env().iter().flatten().rev().find_map(|entry| entry.strip_prefix("PATH="));
     path.into_iter()
         .flat_map(|path| path.split(':'))
-        .take(PROGRAMS_MAX)
+        .take(limits::PROGRAMS_MAX)
         .map(|dir| format!("{dir}/{name}"))
         .collect()
 }
