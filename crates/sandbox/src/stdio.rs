@@ -8,6 +8,7 @@ mod endpoint;
 mod file;
 mod hub;
 mod input;
+mod logger;
 mod output;
 
 use std::sync::{Arc, Mutex};
@@ -19,6 +20,7 @@ use kapsel_protocol::{
     STDIO_PORT, api,
     stdio::{Header, Kind, Token},
 };
+pub use logger::Owner;
 use tokio::{io::AsyncWriteExt, task::JoinHandle};
 
 use crate::{
@@ -72,8 +74,13 @@ impl Streams {
         if plan.is_silent() {
             return Ok(streams);
         }
+        let mut loggers = match plan.logger() {
+            Some(program) => program.start(&plan.owner).await?.map(Some),
+            None => [None, None],
+        };
         if plan.terminal {
-            streams.terminal(channel, token, plan, hub, log).await?;
+            let [logger, _] = loggers;
+            streams.terminal(channel, token, plan, hub, log, logger).await?;
             return Ok(streams);
         }
         if plan.stdin != Endpoint::Nowhere {
@@ -87,12 +94,12 @@ impl Streams {
             (Kind::Stdout, StreamKind::Stdout, &plan.stdout, logs::Stream::Stdout),
             (Kind::Stderr, StreamKind::Stderr, &plan.stderr, logs::Stream::Stderr),
         ];
-        for (kind, attached, endpoint, logged) in outputs {
+        for ((kind, attached, endpoint, logged), logger) in outputs.into_iter().zip(&mut loggers) {
             if *endpoint == Endpoint::Nowhere {
                 continue;
             }
             let guest = open(channel, token, kind).await?;
-            let sinks = output::Sinks::open(endpoint, log.clone(), logged)?;
+            let sinks = output::Sinks::open(endpoint, log.clone(), logged, logger.take())?;
             streams.outputs.push(output::start(guest, hub.take(attached), sinks));
         }
         Ok(streams)
@@ -105,12 +112,13 @@ impl Streams {
         plan: &Plan,
         hub: &Hub,
         log: Option<Log>,
+        logger: Option<tokio::net::unix::pipe::Sender>,
     ) -> Result<(), Error> {
         let guest = open(channel, token, Kind::Tty).await?;
         let (reader, writer) = tokio::io::split(guest);
         let fifo = input::fifo(&plan.stdin, true)?;
         let (pump, closer) = input::start(writer, hub.take(StreamKind::Stdin), fifo, false);
-        let sinks = output::Sinks::open(&plan.stdout, log, logs::Stream::Stdout)?;
+        let sinks = output::Sinks::open(&plan.stdout, log, logs::Stream::Stdout, logger)?;
         self.outputs.push(output::start_terminal(reader, hub.take(StreamKind::Tty), sinks, closer.clone()));
         self.inputs.push(pump);
         self.close_stdin = Some(closer);

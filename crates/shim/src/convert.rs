@@ -10,6 +10,7 @@ use kapsel_sandbox::{
     client::RootfsMount,
     life::{CreateRequest, Error, IoRequest, State},
     record::Exit,
+    stdio::Owner,
 };
 
 /// How the Task API names cgroup v2 metrics.
@@ -29,8 +30,8 @@ pub fn timestamp(at: u64) -> MessageField<Timestamp> {
     })
 }
 
-/// What Create asks for.
-pub fn create(request: &api::CreateTaskRequest) -> CreateRequest {
+/// What Create asks for a container whose id is unique in `namespace`.
+pub fn create(request: &api::CreateTaskRequest, namespace: &str) -> CreateRequest {
     let mount = |mount: &api::Mount| RootfsMount {
         kind: mount.type_.clone(),
         source: mount.source.clone().into(),
@@ -43,6 +44,7 @@ pub fn create(request: &api::CreateTaskRequest) -> CreateRequest {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
+            owner: Owner { id: request.id.clone(), namespace: namespace.into() },
         },
     }
 }

@@ -33,6 +33,8 @@ use crate::{
     task::TaskService,
 };
 
+/// In which the names of kapsel's own sandboxes are unique.
+const NAMESPACE: &str = "kapsel";
 /// How long clients may take to fetch their answers once the sandbox is gone.
 const LINGER: Duration = Duration::from_secs(10);
 /// How long a shim waits for its first order when nobody is connected.
@@ -102,7 +104,11 @@ impl Owned {
         let attaching = tokio::spawn(attach::accept(sockets.attach, sandbox.clone(), clients.clone()));
         let name = sandbox.id().as_str().to_owned();
         let mut server = Server::new()
-            .register_service(create_task(Arc::new(TaskService::new(sandbox.main.clone(), name))))
+            .register_service(create_task(Arc::new(TaskService::new(
+                sandbox.main.clone(),
+                name,
+                NAMESPACE.into(),
+            ))))
             .add_listener(counted(sockets.task, clients.clone()));
         server.start().await.context("cannot serve the Task API")?;
         Ok(Self { sandbox, clients, attaching, _server: server, _ownership: ownership })

@@ -6,7 +6,10 @@
 use std::{future::Future, sync::Arc};
 
 use containerd_shim_protos::{api, protobuf::MessageField, shim_async::Task, types::task::ProcessInfo};
-use kapsel_sandbox::life::{Cause, Container, Error, IoRequest, State};
+use kapsel_sandbox::{
+    life::{Cause, Container, Error, IoRequest, State},
+    stdio::Owner,
+};
 use oci_spec::runtime::Process;
 use ttrpc::{Code, Result, asynchronous::TtrpcContext, get_status};
 
@@ -17,12 +20,14 @@ pub struct TaskService {
     container: Arc<Container>,
     /// What it is called by those who ask.
     name: String,
+    /// In which that is unique.
+    namespace: String,
 }
 
 impl TaskService {
-    /// Serves `container`, which is called `name`.
-    pub fn new(container: Arc<Container>, name: String) -> Self {
-        Self { container, name }
+    /// Serves `container`, which is called `name` in `namespace`.
+    pub fn new(container: Arc<Container>, name: String, namespace: String) -> Self {
+        Self { container, name, namespace }
     }
 
     /// The container, if that is its name.
@@ -90,7 +95,7 @@ impl Task for TaskService {
         if !request.checkpoint.is_empty() {
             return Err(unimplemented("a container cannot be restored from a checkpoint"));
         }
-        let wanted = convert::create(&request);
+        let wanted = convert::create(&request, &self.namespace);
         let pid = to_the_end(async move { sandbox.create(wanted).await }).await?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
@@ -147,6 +152,7 @@ impl Task for TaskService {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
             stderr: request.stderr.clone(),
+            owner: Owner { id: request.exec_id.clone(), namespace: self.namespace.clone() },
         };
         told(container.exec(&request.exec_id, process, &io))?;
         Ok(api::Empty::default())

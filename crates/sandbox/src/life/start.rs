@@ -27,7 +27,7 @@ use crate::{
     network::Network,
     record::MachineInfo,
     seccomp::{self, Filter},
-    stdio::{Log, Plan, Streams, announce, token},
+    stdio::{Log, Owner, Plan, Streams, announce, token},
     template::{self, Held, Prepared, Template},
 };
 
@@ -42,11 +42,14 @@ pub struct IoRequest {
     pub stdout: String,
     /// URI.
     pub stderr: String,
+    /// Whose they are.
+    pub owner: Owner,
 }
 
 impl IoRequest {
     pub(super) fn plan(&self) -> Result<Plan, Error> {
-        Ok(Plan::parse(self.terminal, &self.stdin, &self.stdout, &self.stderr)?)
+        let plan = Plan::parse(self.terminal, &self.stdin, &self.stdout, &self.stderr)?;
+        Ok(Plan { owner: self.owner.clone(), ..plan })
     }
 
     pub(super) fn uris(&self) -> [String; 3] {

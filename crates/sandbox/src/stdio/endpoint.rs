@@ -2,11 +2,15 @@
 
 use std::{io, path::PathBuf};
 
+use super::logger::{Owner, Program};
+
 /// Why a stream cannot be connected.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not an address of a stream.
-    #[error("{0:?} is no place for a stream: expected a FIFO's path, file:///path or kapsel:")]
+    #[error(
+        "{0:?} is no place for a stream: expected a FIFO's path, file:///path, binary:///program or kapsel:"
+    )]
     BadUri(String),
     /// The FIFO or file cannot be opened.
     #[error("cannot open {path} for a stream of the container: {source}")]
@@ -33,6 +37,8 @@ pub enum Endpoint {
     Fifo(PathBuf),
     /// A file that grows, within a bound.
     File(PathBuf),
+    /// A program that reads it.
+    Logger(Program),
     /// Attachers, and the log.
     Kapsel {
         /// Whether output goes to the log too.
@@ -55,6 +61,10 @@ impl Endpoint {
                 let path = rest.strip_prefix("//").unwrap_or(rest);
                 Self::File(Some(path).filter(|path| path.starts_with('/')).ok_or_else(bad)?.into())
             }
+            Some(("binary", rest)) => {
+                let rest = rest.strip_prefix("//").unwrap_or(rest);
+                Self::Logger(Program::parse(rest).ok_or_else(bad)?)
+            }
             Some(("fifo", rest)) => {
                 let path = rest.strip_prefix("//").unwrap_or(rest);
                 Self::Fifo(Some(path).filter(|path| path.starts_with('/')).ok_or_else(bad)?.into())
@@ -76,6 +86,8 @@ pub struct Plan {
     pub stdout: Endpoint,
     /// From the process.
     pub stderr: Endpoint,
+    /// Whose they are, for programs that log.
+    pub owner: Owner,
 }
 
 impl Plan {
@@ -89,6 +101,15 @@ impl Plan {
             stdin: Endpoint::parse(stdin)?,
             stdout: Endpoint::parse(stdout)?,
             stderr: Endpoint::parse(stderr)?,
+            owner: Owner::default(),
+        })
+    }
+
+    /// The program that reads the output; one for both streams, as engines name it for both.
+    pub(super) fn logger(&self) -> Option<&Program> {
+        [&self.stdout, &self.stderr].into_iter().find_map(|endpoint| match endpoint {
+            Endpoint::Logger(program) => Some(program),
+            _ => None,
         })
     }
 
@@ -121,7 +142,8 @@ mod tests {
         ] {
             assert_eq!(Endpoint::parse(uri).unwrap(), endpoint, "{uri}");
         }
-        for uri in ["x", "file://x", "kapsel:?log=maybe", "binary:///bin/logger", "http://x"] {
+        assert!(matches!(Endpoint::parse("binary:///bin/logger?a=b").unwrap(), Endpoint::Logger(_)));
+        for uri in ["x", "file://x", "kapsel:?log=maybe", "binary://logger", "http://x"] {
             assert!(Endpoint::parse(uri).is_err(), "{uri}");
         }
     }

@@ -50,6 +50,7 @@ pub(super) fn fifo(endpoint: &Endpoint, terminal: bool) -> Result<Option<pipe::R
             let open = pipe::OpenOptions::new().read_write(terminal).open_receiver(path);
             open.map(Some).map_err(|source| Error::Open { path: path.clone(), source })
         }
+        Endpoint::Logger(program) => Err(Error::BadUri(format!("binary://{}", program.path().display()))),
         Endpoint::File(path) => Err(Error::BadUri(format!("file://{}", path.display()))),
         Endpoint::Nowhere | Endpoint::Kapsel { .. } => Ok(None),
     }

@@ -32,7 +32,13 @@ struct Attached {
 }
 
 impl Sinks {
-    pub(super) fn open(endpoint: &Endpoint, log: Option<Log>, logged: logs::Stream) -> Result<Self, Error> {
+    /// `logger` is what a program reads, for an endpoint that is one.
+    pub(super) fn open(
+        endpoint: &Endpoint,
+        log: Option<Log>,
+        logged: logs::Stream,
+        logger: Option<pipe::Sender>,
+    ) -> Result<Self, Error> {
         let mut sinks = Self { log: None, fifo: None, file: None, attached: Vec::new(), complained: false };
         match endpoint {
             Endpoint::Nowhere | Endpoint::Kapsel { log: false } => {}
@@ -42,6 +48,7 @@ impl Sinks {
                 let open = pipe::OpenOptions::new().read_write(true).open_sender(path);
                 sinks.fifo = Some(open.map_err(|source| Error::Open { path: path.clone(), source })?);
             }
+            Endpoint::Logger(_) => sinks.fifo = logger,
             Endpoint::File(path) => {
                 let open = BoundedFile::open(path);
                 sinks.file = Some(open.map_err(|source| Error::Open { path: path.clone(), source })?);
@@ -67,7 +74,7 @@ impl Sinks {
         if let Some(fifo) = &mut self.fifo
             && let Err(error) = fifo.write_all(bytes).await
         {
-            tracing::warn!(%error, "a FIFO of the container's output broke");
+            tracing::warn!(%error, "what the container prints is not read any more; it is lost from here on");
             self.fifo = None;
         }
         let mut at = 0;

@@ -62,7 +62,13 @@ async fn connect(plan: &Plan, hub: &Hub, log: Option<Log>) -> (Streams, Vec<Dupl
 
 fn attached_plan() -> Plan {
     let kapsel = Endpoint::Kapsel { log: true };
-    Plan { terminal: false, stdin: kapsel.clone(), stdout: kapsel.clone(), stderr: kapsel }
+    Plan {
+        terminal: false,
+        stdin: kapsel.clone(),
+        stdout: kapsel.clone(),
+        stderr: kapsel,
+        owner: Owner::default(),
+    }
 }
 
 #[test]

@@ -188,7 +188,7 @@ impl Tasks {
             Bundle::read(dir, role, &self.host.config).map_err(|error| Error::Invalid(error.to_string()))?;
         bundle.warnings.iter().for_each(|warning| tracing::info!(id = request.id, warning));
         refuse_hooks(&bundle)?;
-        let io = convert::create(request).io;
+        let io = convert::create(request, &self.flags.namespace).io;
         let (sandbox, container) = match pod {
             Some(pod) => {
                 let (name, rootfs) = (request.id.clone(), bundle.rootfs.clone());
@@ -215,7 +215,7 @@ impl Tasks {
         Ok(Arc::new(Task {
             id: request.id.clone(),
             bundle: dir.to_owned(),
-            service: TaskService::new(container.clone(), request.id.clone()),
+            service: TaskService::new(container.clone(), request.id.clone(), self.flags.namespace.clone()),
             sandbox,
             container,
             pid,

@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::world::{PATIENCE, engine, finish};
+use crate::world::{PATIENCE, engine, eventually, finish};
 
 #[test]
 fn input_arrives_whole_and_ends() {
@@ -62,4 +62,42 @@ fn a_fifo_that_nobody_reads_holds_nobody_up() {
     assert_eq!(engine.remove("c1"), 137);
     assert!(begun.elapsed() < PATIENCE / 4);
     engine.nothing_is_left();
+}
+
+#[test]
+fn a_program_may_take_the_output() {
+    let engine = engine!();
+    let (logger, log) = (engine.dir.join("logger"), engine.dir.join("logged"));
+    // Says what it was called with, then that it is ready, then what it reads.
+    let script = "#!/bin/sh\nexec > \"$2\"\necho \"$# $1 $CONTAINER_NAMESPACE/$CONTAINER_ID\"\nexec 5>&-\n\
+                  sed 's/^/out: /' <&3 &\nsed 's/^/err: /' <&4 &\nexec 3<&- 4<&-\nwait\necho the end\n";
+    executable(&logger, script);
+    let uri = format!("binary://{}?to={}", logger.display(), log.display());
+    let lines = || std::fs::read_to_string(&log).unwrap_or_default();
+    let command = ["sh", "-c", "echo one; echo two >&2; exit 5"];
+    engine.ok(&engine.args(&["-d", "--log-uri", &uri], "c1", &command));
+    engine.becomes("c1", "STOPPED");
+    assert_eq!(engine.remove("c1"), 5);
+    eventually("it has read to the end", || lines().ends_with("the end\n"));
+    let told = lines();
+    assert!(told.starts_with("2 to default/c1\n"), "{told}");
+    assert!(told.contains("out: one\n") && told.contains("err: two\n"), "{told}");
+    engine.nothing_is_left();
+
+    // One that is not there, and one that is not ready.
+    executable(&logger, "#!/bin/sh\nexec sleep 1000\n");
+    for (id, path, words) in
+        [("c2", "/nowhere/logger", "/nowhere/logger"), ("c3", &*logger.display().to_string(), "not ready")]
+    {
+        let uri = format!("binary://{path}");
+        let ran = engine.run(&engine.args(&["-d", "--log-uri", &uri], id, &["true"]));
+        assert!(ran.code != 0 && ran.stderr.contains(words), "{}", ran.stderr);
+        engine.nothing_is_left();
+    }
+}
+
+fn executable(path: &std::path::Path, text: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::write(path, text).expect("a script");
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("a mode");
 }
