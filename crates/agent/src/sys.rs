@@ -285,6 +285,13 @@ pub fn child_signals() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+/// Whether the kernel lets children of this process go when they end, without a word.
+pub fn disown_children(disown: bool) {
+    let disposition = if disown { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: sets a disposition that is no handler; the agent has none that could be running. It cannot fail for this signal.
+    unsafe { libc::signal(libc::SIGCHLD, disposition) };
+}
+
 /// Gives signals back the state in which programs expect them: none blocked, none ignored.
 pub fn reset_signals() {
     // SAFETY: sets dispositions to the default and the mask to empty; the agent has no handlers that could be running.

@@ -107,7 +107,7 @@ impl Bundle {
         let shares_pids = pod::leave_shared_namespaces(&mut spec, role)?;
         let network = namespaces(&mut spec)?;
         let rootfs = rootfs(&spec, &dir)?;
-        let terminal = process(&mut spec, &mut warnings)?;
+        let terminal = role != Role::Pod && process(&mut spec, &mut warnings)?;
         devices(&spec)?;
         mounts::translate(&mut spec, &dir, role)?;
         if rootfs.source.is_dir() {
@@ -116,7 +116,7 @@ impl Bundle {
         let hooks = hooks(&mut spec)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
         let mut wishes = machine::wishes(&spec, &hardware, &annotations, config)?;
-        wishes.pod = role == Role::PodSandbox;
+        wishes.pod = matches!(role, Role::PodSandbox | Role::Pod);
         spec.set_annotations(Some(wishes.to_annotations()));
         let cgroup = crate::cgroup::named(&spec).why("linux.cgroupsPath")?;
         match &cgroup {

@@ -8,16 +8,20 @@
 //! | `service` | the Task API for the containers of that process |
 //! | `tasks` | the containers, from containerd's bundle to a sandbox and back |
 //! | `pod` | which containers share one |
+//! | `sandbox`, `cri`, `pod_bundle` | the Sandbox API for their pod, what is said of it, and what a pod of that is |
 //! | `events` | what containerd is told, in order |
 //! | `rootfs` | the mounts of a root file system |
 
+mod cri;
 mod daemon;
 mod delete;
 mod events;
 pub mod flags;
 mod info;
 mod pod;
+mod pod_bundle;
 mod rootfs;
+mod sandbox;
 mod service;
 mod start;
 mod tasks;

@@ -132,7 +132,10 @@ fn wait_for_byte(inherited: &Inheritance<'_>) -> Result<(), ChildError> {
 
 /// Waits to be told which process to become, and takes its streams.
 fn wait_for_order(inherited: &Inheritance<'_>) -> Result<ProcessPlan, ChildError> {
+    // A pod's first process never gets an order. If others are in its pid namespace, it inherits their children.
+    sys::disown_children(true);
     let order = order::receive(inherited.socket).during(Step::Wake, || "waiting for the agent".into())?;
+    sys::disown_children(false);
     let Some(Order { process, stdio }) = order else { sys::exit_now(0) };
     if let Some(streams) = &stdio {
         take_streams(streams)?;

@@ -13,6 +13,8 @@ pub enum Role {
     Alone,
     /// The first of a pod's.
     PodSandbox,
+    /// None: it is the pod itself, in which nothing runs, and to which containers are added.
+    Pod,
     /// A further one of a pod's.
     PodMember {
         /// The process that the engine was told of as the first one's: the monitor.

@@ -130,6 +130,10 @@ pub fn translate(
     is_file: impl Fn(&Path) -> bool,
 ) -> Result<GuestSpec, Error> {
     refuse_impossible(spec)?;
+    // Nothing runs in a pod but what is added to it.
+    if spec.process().is_none() && matches!(sharing, Sharing::Each) {
+        return Err(Error::Missing("process"));
+    }
     let base = PathBuf::from(STORAGE_ROOT).join(id);
     let mut guest = GuestSpec {
         spec: spec.clone(),
@@ -347,9 +351,6 @@ fn has_host_hooks(hooks: &Hooks) -> bool {
 
 fn refuse_impossible(spec: &Spec) -> Result<(), Error> {
     let refuse = |what: String, why| Err(Error::Unsupported { what, why });
-    if spec.process().is_none() {
-        return Err(Error::Missing("process"));
-    }
     if spec.hooks().as_ref().is_some_and(has_host_hooks) {
         return refuse("hooks".into(), "they would have to run on the host and reach into the guest");
     }

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
 use tokio::time::timeout;
 use ttrpc::asynchronous::{Server, Service as Methods};
 
@@ -11,6 +11,7 @@ use super::{
     Host,
     events::Events,
     flags::Daemon,
+    sandbox,
     service::Service,
     start,
     tasks::{Count, Tasks},
@@ -34,8 +35,10 @@ pub async fn serve(host: Host, daemon: Daemon) -> anyhow::Result<()> {
     let (events, telling) = Events::to(&flags, ttrpc.as_deref());
     let tasks = Tasks::new(host, flags, events);
     let clients = Clients::default();
-    let mut server =
-        Server::new().register_service(methods(&tasks)).add_listener(counted(listener, clients.clone()));
+    let mut server = Server::new()
+        .register_service(methods(&tasks))
+        .register_service(create_sandbox(Arc::new(sandbox::Service::new(tasks.clone()))))
+        .add_listener(counted(listener, clients.clone()));
     server.start().await.context("cannot serve the Task API")?;
     tokio::select! {
         () = unneeded(&tasks, &clients) => {}

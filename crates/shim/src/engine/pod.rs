@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use kapsel_sandbox::engine::read_config;
 use serde::Deserialize;
 
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// A container's place among others.
 #[derive(Clone, Debug, PartialEq, Eq)]

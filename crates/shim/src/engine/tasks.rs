@@ -8,14 +8,16 @@ use std::{
 };
 
 use anyhow::Context;
-use containerd_shim_protos::{api, events::task as message, protobuf::MessageField};
+use containerd_shim_protos::{
+    api, events::task as message, protobuf::MessageField, sandbox_api::CreateSandboxRequest,
+};
 use kapsel_sandbox::{
     client::RootfsMount,
     engine::{Bundle, Network, Role},
     launch,
     life::{Container, CreateRequest, Error, Member, Process, Sandbox},
     paths::Id,
-    record::{Exit, Record},
+    record::{Exit, Record, now},
     registry::Registry,
     timings::Stopwatch,
 };
@@ -26,7 +28,7 @@ use super::{
     events::{Event, Events},
     flags::Flags,
     pod::Place,
-    rootfs, sandbox_file,
+    pod_bundle, rootfs, sandbox_file,
 };
 use crate::{
     convert,
@@ -76,6 +78,10 @@ pub struct Task {
     pub service: TaskService,
     /// Of the process on the host that stands for it.
     pub pid: u32,
+    /// It is a pod of the Sandbox API, of which the Task API does not tell.
+    pub is_pod: bool,
+    /// Nanoseconds since 1970.
+    pub created_at: u64,
     /// Those that tell of the ends of added processes.
     added: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -136,6 +142,37 @@ impl Tasks {
     /// # Errors
     /// Why not.
     pub async fn create(self: &Arc<Self>, request: api::CreateTaskRequest) -> Result<Arc<Task>, Error> {
+        self.create_as(request, false).await
+    }
+
+    /// Makes a pod without a container of its own.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn create_pod(self: &Arc<Self>, request: CreateSandboxRequest) -> Result<(), Error> {
+        if let Some(pod) = self.pod() {
+            return Err(Error::AlreadyExists(format!("this shim has pod {} already", pod.id)));
+        }
+        let create = api::CreateTaskRequest {
+            id: request.sandbox_id.clone(),
+            bundle: request.bundle_path.clone(),
+            rootfs: request.rootfs.clone(),
+            ..Default::default()
+        };
+        pod_bundle::prepare(&request)?;
+        self.create_as(create, true).await.map(drop)
+    }
+
+    /// The pod that was made by the Sandbox API. What is made by the Task API is in it then.
+    fn pod(&self) -> Option<Arc<Task>> {
+        self.all().into_iter().find(|task| task.is_pod)
+    }
+
+    async fn create_as(
+        self: &Arc<Self>,
+        request: api::CreateTaskRequest,
+        is_pod: bool,
+    ) -> Result<Arc<Task>, Error> {
         {
             let mut tasks = self.lock();
             if tasks.contains_key(&request.id) {
@@ -147,9 +184,12 @@ impl Tasks {
         self.count.send_modify(|count| count.dismissed = false);
         self.changed();
         let bundle = PathBuf::from(&request.bundle);
-        match self.make(&request, &bundle).await {
+        match self.make(&request, &bundle, is_pod).await {
             Ok(task) => {
                 self.lock().insert(request.id.clone(), Some(task.clone()));
+                if is_pod {
+                    return Ok(task);
+                }
                 self.tell(&created(&request, task.pid));
                 let (tasks, ending) = (self.clone(), task.clone());
                 tokio::spawn(async move { tasks.tell_end(&ending).await });
@@ -168,7 +208,12 @@ impl Tasks {
         }
     }
 
-    async fn make(&self, request: &api::CreateTaskRequest, dir: &Path) -> Result<Arc<Task>, Error> {
+    async fn make(
+        &self,
+        request: &api::CreateTaskRequest,
+        dir: &Path,
+        is_pod: bool,
+    ) -> Result<Arc<Task>, Error> {
         let watch = Stopwatch::default();
         let resources = |error: anyhow::Error| Error::Resources(format!("{error:#}"));
         let (at, mounts) = (dir.to_owned(), request.rootfs.clone());
@@ -176,13 +221,15 @@ impl Tasks {
         mounting.map_err(|e| Error::Resources(e.to_string()))?.map_err(resources)?;
         let place = Place::read(dir).map_err(|error| Error::Invalid(format!("{error:#}")))?;
         let pod = match &place {
-            Place::Alone | Place::Sandbox => None,
             Place::Member(pod) => Some(self.get(pod)?),
+            Place::Alone => self.pod(),
+            Place::Sandbox => None,
         };
         let role = match (&place, &pod) {
-            (Place::Alone, _) => Role::Alone,
-            (Place::Sandbox, _) => Role::PodSandbox,
-            (Place::Member(_), pod) => Role::PodMember { monitor: pod.as_ref().map_or(0, |pod| pod.pid) },
+            (_, Some(pod)) => Role::PodMember { monitor: pod.pid },
+            (Place::Sandbox, None) if is_pod => Role::Pod,
+            (Place::Sandbox, None) => Role::PodSandbox,
+            (_, None) => Role::Alone,
         };
         let mut bundle =
             Bundle::read(dir, role, &self.host.config).map_err(|error| Error::Invalid(error.to_string()))?;
@@ -191,6 +238,11 @@ impl Tasks {
         let io = convert::create(request, &self.flags.namespace).io;
         let (sandbox, container) = match pod {
             Some(pod) => {
+                if pod.is_pod {
+                    pod_bundle::lend(&pod.bundle, &mut bundle.spec).map_err(|error| {
+                        Error::Resources(format!("cannot use {}: {error}", pod.bundle.display()))
+                    })?;
+                }
                 let (name, rootfs) = (request.id.clone(), bundle.rootfs.clone());
                 let member = Member { name, spec: bundle.spec, rootfs, io, shares_pids: bundle.shares_pids };
                 let container = pod.sandbox.add(member).await?;
@@ -219,6 +271,8 @@ impl Tasks {
             sandbox,
             container,
             pid,
+            is_pod,
+            created_at: now(),
             added: Mutex::default(),
         }))
     }
@@ -347,6 +401,9 @@ impl Tasks {
         let exit = container.init.exited().await;
         rootfs::unmount(&task.bundle).map_err(|error| Error::Resources(format!("{error:#}")))?;
         self.lock().remove(&task.id);
+        if task.is_pod {
+            return Ok(exit);
+        }
         self.tell(&Event::Delete(message::TaskDelete {
             container_id: task.id.clone(),
             pid: task.pid,
@@ -356,6 +413,25 @@ impl Tasks {
         }));
         self.changed();
         Ok(exit)
+    }
+}
+
+impl Tasks {
+    /// Removes the pod, if it came to be, and what is left in it. This process has no more to do then.
+    ///
+    /// # Errors
+    /// When something of it stays.
+    pub async fn shut_down(&self) -> Result<(), Error> {
+        // First the pod, and with it all that runs in it.
+        if let Some(pod) = self.pod() {
+            self.delete(&pod).await?;
+            for task in self.all() {
+                self.delete(&task).await?;
+            }
+        }
+        self.changed();
+        self.count.send_modify(|count| (count.begun, count.dismissed) = (true, true));
+        Ok(())
     }
 }
 

@@ -5,5 +5,6 @@ mod cri;
 mod faults;
 mod life;
 mod pods;
+mod sandbox_api;
 mod streams;
 mod world;
