@@ -7,6 +7,7 @@
 //! file operations, are those of the virtiofsd crate.
 
 mod args;
+mod keep_cache;
 mod log;
 mod serve;
 

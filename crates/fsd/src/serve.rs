@@ -17,6 +17,7 @@ use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::args::Args;
+use crate::keep_cache::KeepCache;
 
 /// How long the guest may take names and attributes for unchanged. What the host changes is seen after that.
 const CACHE_TIME: Duration = Duration::from_secs(1);
@@ -32,9 +33,9 @@ pub fn serve(args: Args) -> Result<()> {
     let listener = unsafe { Listener::from_raw_fd(args.socket) };
     let share = || format!("cannot serve {}", args.share.display());
     if args.read_only {
-        run(PassthroughFsRo::new(config).with_context(share)?, listener, args.tag)
+        run(KeepCache::new(PassthroughFsRo::new(config).with_context(share)?), listener, args.tag)
     } else {
-        run(PassthroughFs::new(config).with_context(share)?, listener, args.tag)
+        run(KeepCache::new(PassthroughFs::new(config).with_context(share)?), listener, args.tag)
     }
 }
 
@@ -45,7 +46,7 @@ fn config(args: &Args) -> Result<Config> {
         root_dir: share.to_owned(),
         entry_timeout: CACHE_TIME,
         attr_timeout: CACHE_TIME,
-        // The guest caches, and forgets when a file is opened again and has changed.
+        // The guest caches, and forgets when a file is opened again; not if `KeepCache` knows that it has not changed.
         cache_policy: CachePolicy::Auto,
         // Others may write to the directory meanwhile.
         writeback: false,
@@ -56,8 +57,9 @@ fn config(args: &Args) -> Result<Config> {
         // Off, although two files of different mounts may then show one inode number: an announced mount point is one to mount on
         // first use, and overlayfs, which `kapsel do` lays over a share of /, refuses such directories (EREMOTE).
         announce_submounts: false,
-        // Set-id bits are cleared by the host's kernel on writes, as we have no right to keep them.
-        killpriv_v2: false,
+        // A guest that clears set-id bits by itself asks for a file's mode before each change of owner. Here they go as on any file of
+        // the host's: with the owner, and with a write by somebody who has no right to keep them.
+        killpriv_v2: true,
         allow_direct_io: false,
         clean_noatime: true,
         proc_sfd_rawfd: Some(own_descriptors()?),

@@ -5,9 +5,45 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use kapsel_jail::Exit;
 use support::Scene;
+
+/// Bytes of a file that the guest reads several times.
+const KEPT: usize = 1 << 20;
+
+/// A point that the guest waits at.
+struct Step {
+    reached: PathBuf,
+    passed: PathBuf,
+}
+
+impl Step {
+    fn of(share: &Path, name: &str) -> Self {
+        let at = |prefix: &str| share.join(format!("{prefix}-{name}"));
+        Self { reached: at("at"), passed: at("on") }
+    }
+
+    fn wait(&self) {
+        let until = Instant::now() + support::PATIENCE;
+        while !self.reached.exists() {
+            assert!(Instant::now() < until, "the guest did not come to {}", self.reached.display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn go_on(&self) {
+        fs::write(&self.passed, "").unwrap();
+    }
+}
+
+/// What a process has read by system calls (`rchar` of proc(5)).
+fn bytes_read(pid: u32) -> u64 {
+    let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+    io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
 
 #[test]
 fn a_guest_uses_its_shares() {
@@ -31,13 +67,40 @@ fn a_guest_uses_its_shares() {
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join(n.to_string()), format!("{n}\n")).unwrap();
     }
-    scene.serve("rw", &rw, false);
+    let kept = rw.join("kept");
+    fs::write(&kept, "a".repeat(KEPT)).unwrap();
+    let fsd = scene.serve("rw", &rw, false);
     scene.serve("ro", &ro, true);
     scene.serve("one", &secret, true);
 
     let script = include_str!("support/script.sh");
+    let (begin, end) = (Step::of(&rw, "settled"), [Step::of(&rw, "once"), Step::of(&rw, "again")]);
+    let host = std::thread::spawn(move || {
+        begin.wait();
+        // A file that has changed just now is not kept.
+        let age = || fs::metadata(&kept).unwrap().modified().unwrap().elapsed().unwrap();
+        while age() < Duration::from_secs(4) {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        begin.go_on();
+        let [once, again] = end;
+        once.wait();
+        let before = bytes_read(fsd);
+        once.go_on();
+        again.wait();
+        let read = bytes_read(fsd) - before;
+        // As by a program that restores the time of modification.
+        let time = fs::metadata(&kept).unwrap().modified().unwrap();
+        let mut file = fs::File::options().write(true).open(&kept).unwrap();
+        std::io::Write::write_all(&mut file, "b".repeat(KEPT).as_bytes()).unwrap();
+        file.set_modified(time).unwrap();
+        again.go_on();
+        read
+    });
     let output = scene.run(script);
     println!("{output}");
+    let read = host.join().unwrap();
+    assert!(read < KEPT as u64, "{read} bytes were read once more");
 
     let failed: Vec<&str> = output.lines().filter(|line| line.starts_with("FAILED")).collect();
     assert!(failed.is_empty() && output.contains("all checked"), "{failed:?}\n{output}\n{:?}", scene.logs());

@@ -13,7 +13,7 @@ use kapsel_jail::{Child, Exit, Identity};
 pub const FSD: &str = env!("CARGO_BIN_EXE_kapsel-fsd");
 
 /// How long a guest may take: it boots in a few seconds, on a busy machine in many.
-const PATIENCE: Duration = Duration::from_secs(100);
+pub const PATIENCE: Duration = Duration::from_secs(100);
 
 /// What is missing for these tests, if anything.
 pub fn missing() -> Option<&'static str> {

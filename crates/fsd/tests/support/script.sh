@@ -15,6 +15,11 @@ check "truncate"         'truncate -s 1000000 log2 && [ "$(stat -c %s log3)" = 1
 check "remove"           'rm log2 log3 && [ ! -e log2 ]'
 check "fifo"             'mkfifo pipe && [ -p pipe ]'
 check "another user"     'chmod 777 . && start-stop-daemon -S -c 1000:1000 -x /bin/touch -- /mnt/rw/by-user && [ "$(stat -c %u by-user)" = 1000 ]'
+check "set-id and owner"  'echo x > sid && chmod 4777 sid && chown 1000:1000 sid && [ "$(stat -c %a sid)" = 777 ]'
+check "set-id and root"   'chmod 4777 sid && echo y >> sid && [ "$(stat -c %a sid)" = 4777 ]'
+check "set-id and write"  'su user -c "echo z >> sid" && [ "$(stat -c %a sid)" = 777 ] && [ "$(wc -l < sid)" = 3 ]'
+check "set-id and cut"    'chmod 6777 sid && su user -c "truncate -s 1 sid" && [ "$(stat -c %a sid)" = 777 ]'
+check "set-id and open"   'chmod 4777 sid && su user -c "echo > sid" && [ "$(stat -c %a sid)" = 777 ]'
 check "past permissions" '[ "$(cat locked/file)" = "for root" ]'
 check "16 MiB"           'head -c 16777216 /dev/urandom > /big && cp /big big && cmp big /big && rm big'
 check "200 new files"    'mkdir many && cd many && seq 200 | while read n; do echo $n > $n; done; cd .. && [ "$(find many -type f | wc -l)" = 200 ]'
@@ -23,6 +28,15 @@ fails "device node"      'mknod null c 1 3'
 fails "absolute link"    'cat absolute'
 fails "relative link"    'cat relative'
 fails "parent"           'cat /mnt/rw/../rw/../secret'
+
+# Each step is told to the host, which looks at it and says when to go on.
+step() { echo > "at-$1"; until [ -e "on-$1" ]; do usleep 20000; done; }
+step settled
+cat kept > /dev/null
+step once
+check "kept"             'cat kept > /dev/null; cat kept > /dev/null'
+step again
+check "changed"          '[ "$(head -c 1 kept)" = b ] && [ "$(tail -c 1 kept)" = b ]'
 
 cd /mnt/ro
 check "read"             '[ "$(cat file)" = "read me" ]'
