@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions};
 
 use crate::{Memory, Slice};
 
@@ -53,6 +53,20 @@ impl Descriptor {
     }
 }
 
+/// A table of descriptors that is in one region of memory, so that it is looked for once and not with each of them.
+struct Table<'m>(Slice<'m>);
+
+impl<'m> Table<'m> {
+    fn find(memory: &'m Memory, address: u64, size: u32) -> Option<Self> {
+        memory.get_slice(GuestAddress(address), size as usize * size_of::<Descriptor>()).ok().map(Table)
+    }
+
+    fn read(&self, index: u32) -> Result<Descriptor, ChainError> {
+        let offset = index as usize * size_of::<Descriptor>();
+        self.0.read_obj(offset).map_err(|_| ChainError::Address)
+    }
+}
+
 /// The buffers of one request, checked to be in the guest's memory.
 #[derive(Debug)]
 pub struct Chain<'m> {
@@ -67,6 +81,7 @@ impl<'m> Chain<'m> {
         let mut chain = Chain { readable: Buffers::default(), writable: Buffers::default() };
         let (mut table, mut size, mut index, mut indirect) = (table, u32::from(size), u32::from(head), false);
         let mut left = size;
+        let mut whole = Table::find(memory, table, size);
         loop {
             if index >= size {
                 return Err(ChainError::Index);
@@ -76,8 +91,10 @@ impl<'m> Chain<'m> {
             }
             left -= 1;
             let address = table.checked_add(u64::from(index) * 16).ok_or(ChainError::Address)?;
-            let descriptor: Descriptor =
-                memory.read_obj(GuestAddress(address)).map_err(|_| ChainError::Address)?;
+            let descriptor: Descriptor = match &whole {
+                Some(table) => table.read(index)?,
+                None => memory.read_obj(GuestAddress(address)).map_err(|_| ChainError::Address)?,
+            };
             if descriptor.is(VRING_DESC_F_INDIRECT) {
                 if indirect || descriptor.is(VRING_DESC_F_NEXT) || !descriptor.length.is_multiple_of(16) {
                     return Err(ChainError::Indirect);
@@ -87,6 +104,7 @@ impl<'m> Chain<'m> {
                     return Err(ChainError::Indirect);
                 }
                 left = size;
+                whole = Table::find(memory, table, size);
                 continue;
             }
             chain.add(memory, &descriptor)?;
@@ -105,10 +123,21 @@ impl<'m> Chain<'m> {
         let access = if writable { Permissions::Write } else { Permissions::Read };
         let buffers = if writable { &mut self.writable } else { &mut self.readable };
         // More than one slice only where the buffer crosses from one region of memory to the next.
-        let slices = memory.get_slices(GuestAddress(descriptor.address), descriptor.length as usize, access);
+        let length = descriptor.length as usize;
+        let one = memory.get_slice(GuestAddress(descriptor.address), length).ok().filter(|_| length > 0);
+        if let Some(slice) = one {
+            buffers.slices.push_back(slice);
+            return self.added(descriptor, writable);
+        }
+        let slices = GuestMemory::get_slices(memory, GuestAddress(descriptor.address), length, access);
         for slice in slices.map_err(|_| ChainError::Address)? {
             buffers.slices.push_back(slice.map_err(|_| ChainError::Address)?);
         }
+        self.added(descriptor, writable)
+    }
+
+    fn added(&mut self, descriptor: &Descriptor, writable: bool) -> Result<(), ChainError> {
+        let buffers = if writable { &mut self.writable } else { &mut self.readable };
         buffers.length += u64::from(descriptor.length);
         if self.readable.slices.len() + self.writable.slices.len() > MAX_BUFFERS {
             return Err(ChainError::Loop);
