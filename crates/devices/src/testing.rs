@@ -254,22 +254,42 @@ impl Random {
 
 /// Runs a device against drivers that write nonsense, near-valid and valid requests, registers and resets in turn. The
 /// device must neither panic nor take long, whatever happens. `payload` makes the contents of a request's first buffer;
-/// it is given a place where it may put bytes that look like the device's own requests.
+/// it is given a place where it may put bytes that look like the device's own requests. There are so many rounds, unless somebody
+/// wants more ([`kapsel_testkit::fuzz::longer`]).
 pub fn fuzz<D: Device>(
     rounds: u64,
     mut make: impl FnMut() -> D,
     mut payload: impl FnMut(&mut Random) -> Vec<u8>,
 ) {
-    let started = Instant::now();
-    for seed in 0..rounds {
-        let mut random = Random::new(seed + 1);
-        let mut rig = Rig::with_features(make(), random.one_of(&[u64::MAX, random_features(seed)]));
-        for _ in 0..24 {
-            one_step(&mut rig, &mut random, &mut payload);
-        }
-        assert_marked(&rig.drivers[0].memory);
+    let (started, longer) = (Instant::now(), kapsel_testkit::fuzz::longer());
+    let first = longer.map_or(0, |_| kapsel_testkit::fuzz::seed());
+    let mut round = 0;
+    while longer.map_or(round < rounds, |longer| started.elapsed() < longer) {
+        let (seed, begun) = (first.wrapping_add(round), Instant::now());
+        let one = std::panic::AssertUnwindSafe(|| one_round(seed, &mut make, &mut payload));
+        assert!(std::panic::catch_unwind(one).is_ok(), "round {round} failed, with seed {seed:#x}");
+        assert!(begun.elapsed() < ROUND, "the device is slow on hostile input, with seed {seed:#x}");
+        round += 1;
     }
-    assert!(started.elapsed() < Duration::from_secs(60), "the device is slow on hostile input");
+    println!("{}: {round} rounds of {STEPS}, first seed {first:#x}", std::any::type_name::<D>());
+}
+
+/// The longest that a round may take.
+const ROUND: Duration = Duration::from_secs(20);
+/// What a driver does in a round.
+const STEPS: usize = 24;
+
+fn one_round<D: Device>(
+    seed: u64,
+    make: &mut impl FnMut() -> D,
+    payload: &mut impl FnMut(&mut Random) -> Vec<u8>,
+) {
+    let mut random = Random::new(seed.wrapping_add(1));
+    let mut rig = Rig::with_features(make(), random.one_of(&[u64::MAX, random_features(seed)]));
+    for _ in 0..STEPS {
+        one_step(&mut rig, &mut random, payload);
+    }
+    assert_marked(&rig.drivers[0].memory);
 }
 
 fn random_features(seed: u64) -> u64 {

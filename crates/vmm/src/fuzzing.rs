@@ -3,7 +3,7 @@
 //!
 //! The tests run each over a checked-in corpus and a bounded number of its mutations, always the same ones;
 //! `KAPSEL_FUZZ_SECONDS` makes them go on for so long, from a seed of the time of day that they print. Devices' queues and
-//! packets have such runs in their own crate.
+//! packets, and the answers of vhost-user back ends, have such runs in their own crate.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -216,84 +216,15 @@ fn metadata() -> io::Result<mmds::Store> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant, SystemTime};
-
     use kapsel_devices::mmio::register;
     use kapsel_devices::state::Writer;
-    use kapsel_testkit::fuzz::{Random, corpus};
+    use kapsel_testkit::fuzz::corpus;
 
     use super::*;
     use crate::snapshot::format::{Sections, seal};
 
-    /// How long and how often the mutations of one corpus run, unless somebody wants more.
-    const BUDGET: Duration = Duration::from_secs(5);
-    const MUTATIONS: u64 = 5000;
-
-    /// Values that limits, offsets and counts stumble over, little-endian.
-    const NUMBERS: [&[u8]; 8] = [
-        &[0; 4],
-        &[0xff; 4],
-        &[0xff; 8],
-        &[0, 0, 0, 0x80],
-        &[0xff, 0xff, 0xff, 0x7f],
-        &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f],
-        &[0, 0x10, 0, 0, 1, 0, 0, 0],
-        &[0xff, 0xff],
-    ];
-
-    fn mutate(data: &mut Vec<u8>, other: &[u8], words: &[&[u8]], random: &mut Random) {
-        for _ in 0..=random.below(4) {
-            // Most of what decides is at the beginning.
-            let near = if random.below(2) == 0 { data.len().min(256) } else { data.len() };
-            let at = random.below(near);
-            if at >= data.len() {
-                return;
-            }
-            let word = if random.below(2) == 0 { random.pick(&NUMBERS) } else { random.pick(words) };
-            match random.below(7) {
-                0 => data[at] ^= 1 << random.below(8),
-                1 => data[at] = random.below(256) as u8,
-                2 => data.truncate(at + 1),
-                3 => drop(data.splice(at..at, word.iter().copied())),
-                4 => data[at..].iter_mut().zip(word).for_each(|(byte, new)| *byte = *new),
-                5 => drop(data.drain(at..(at + random.below(24)).min(data.len()))),
-                _ => {
-                    let from = random.below(other.len());
-                    let to = (from + random.below(200)).min(other.len());
-                    data.splice(at..at, other[from..to].iter().copied());
-                }
-            }
-        }
-    }
-
-    /// `finish` makes a mutation pass the first checks, three times out of four.
     fn run(name: &str, words: &[&[u8]], target: fn(&[u8]), finish: fn(&mut Vec<u8>)) {
-        let corpus = corpus(env!("CARGO_MANIFEST_DIR"), name);
-        corpus.iter().for_each(|data| target(data));
-        let longer = std::env::var("KAPSEL_FUZZ_SECONDS").ok().map(|text| text.parse().expect("seconds"));
-        let seed = longer.map_or(0x9e37_79b9_7f4a_7c15, |_| {
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64
-        });
-        let (budget, mutations) =
-            longer.map_or((BUDGET, MUTATIONS), |seconds| (Duration::from_secs(seconds), u64::MAX));
-        let (mut random, started) = (Random::new(seed), Instant::now());
-        let mut count = 0;
-        while count < mutations && started.elapsed() < budget {
-            let mut data = corpus[random.below(corpus.len())].clone();
-            let other = &corpus[random.below(corpus.len())];
-            mutate(&mut data, other, words, &mut random);
-            if random.below(4) > 0 {
-                finish(&mut data);
-            }
-            let one = Instant::now();
-            if std::panic::catch_unwind(|| target(&data)).is_err() || one.elapsed() > Duration::from_secs(5) {
-                let failure = std::env::temp_dir().join(format!("kapsel-fuzz-{name}"));
-                std::fs::write(&failure, &data).unwrap();
-                panic!("mutation {count} of {name}, seed {seed:#x}, is in {}", failure.display());
-            }
-            count += 1;
-        }
-        println!("{name}: {count} mutations, seed {seed:#x}");
+        kapsel_testkit::fuzz::run(env!("CARGO_MANIFEST_DIR"), name, words, target, finish);
     }
 
     #[test]

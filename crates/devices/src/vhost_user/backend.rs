@@ -16,7 +16,7 @@ use crate::queue::Queue;
 
 /// In messages the memory begins here. The protocol has addresses of the front end's own there, which a back end uses for nothing but
 /// to find a ring in the table; it need not learn where things are in this process.
-const ORIGIN: u64 = 1 << 44;
+pub(super) const ORIGIN: u64 = 1 << 44;
 
 /// The process that serves the device, and what was agreed on with it.
 #[derive(Debug)]

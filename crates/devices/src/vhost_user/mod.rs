@@ -17,6 +17,8 @@ mod connection;
 mod message;
 
 #[cfg(test)]
+mod fuzzing;
+#[cfg(test)]
 mod tests;
 
 use std::io;

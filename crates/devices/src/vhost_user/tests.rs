@@ -23,22 +23,22 @@ const NEEDS_RESET: u32 = 64;
 /// The capacity of the disk, and its place in the configuration.
 const SECTORS: u64 = 0x1234;
 /// Long enough for an honest back end on a busy machine.
-const LONG: Duration = Duration::from_secs(100);
+pub(super) const LONG: Duration = Duration::from_secs(100);
 /// Of which a part has to pass.
 const SHORT: Duration = Duration::from_millis(200);
 
 /// What a back end was asked for.
-struct Asked {
+pub(super) struct Asked {
     request: u32,
     body: Vec<u8>,
     descriptors: Vec<OwnedFd>,
 }
 
 /// The bytes that answer it, if any, and whether the back end stays.
-type Answers = dyn FnMut(&Asked) -> (Vec<u8>, bool) + Send;
+pub(super) type Answers = dyn FnMut(&Asked) -> (Vec<u8>, bool) + Send;
 
 /// A back end in a thread. It ends with the connection, and gives what it was asked for.
-fn serve(mut answers: Box<Answers>) -> (UnixStream, JoinHandle<Vec<Asked>>) {
+pub(super) fn serve(mut answers: Box<Answers>) -> (UnixStream, JoinHandle<Vec<Asked>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || {
         let mut heard = Vec::new();
@@ -80,15 +80,15 @@ fn next(stream: &UnixStream) -> Option<Asked> {
     Some(Asked { request, body, descriptors })
 }
 
-fn answer(request: u32, body: &[u8]) -> Vec<u8> {
+pub(super) fn answer(request: u32, body: &[u8]) -> Vec<u8> {
     [&words(&[request, 5, body.len() as u32])[..], body].concat()
 }
 
-const FEATURES: u64 = 1 << 32 | 1 << 29 | PROTOCOL_FEATURES | 1 << VIRTIO_BLK_F_RO | 1 << 63;
+pub(super) const FEATURES: u64 = 1 << 32 | 1 << 29 | PROTOCOL_FEATURES | 1 << VIRTIO_BLK_F_RO | 1 << 63;
 const PROTOCOL: u64 = protocol::REPLY_ACK | protocol::CONFIG | 1 << 5;
 
 /// What an honest disk answers.
-fn honest(asked: &Asked) -> Vec<u8> {
+pub(super) fn honest(asked: &Asked) -> Vec<u8> {
     match asked.request {
         1 => answer(1, &longs(&[FEATURES])),
         15 => answer(15, &longs(&[PROTOCOL])),
