@@ -27,6 +27,9 @@ struct Options {
     /// How long boot and command may take together
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     timeout: u64,
+    /// Have the box's clock count instructions instead of time, a nanosecond each
+    #[arg(long)]
+    counted: bool,
     /// Where the kernel is kept between runs
     #[arg(long, value_name = "DIRECTORY")]
     cache: Option<PathBuf>,
@@ -47,6 +50,9 @@ fn pair(text: &str) -> Result<(PathBuf, PathBuf), String> {
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let mut kvm_box = KvmBox::new().memory_mib(options.memory).timeout(Duration::from_secs(options.timeout));
+    if options.counted {
+        kvm_box = kvm_box.counted();
+    }
     if let Some(cache) = &options.cache {
         kvm_box = kvm_box.cache(cache);
     }
