@@ -104,6 +104,7 @@ fn clear(registry: &Registry, bundle: &Bundle) -> Result<bool, Error> {
                 record.status = Status::Exited;
                 record.exit = Some(lost(record::now()));
                 record.address = None;
+                record.address6 = None;
                 record.ports.clear();
                 record.write(bundle)?;
             }

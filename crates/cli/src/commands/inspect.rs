@@ -1,6 +1,6 @@
 //! `kapsel inspect`: all that is known, for programs. The field names are part of kapsel's interface.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use kapsel_image::Inspection;
@@ -105,6 +105,8 @@ struct Network {
     kind: String,
     /// On kapsel's bridge.
     address: Option<Ipv4Addr>,
+    /// The same of IPv6.
+    address6: Option<Ipv6Addr>,
     /// Published ports.
     ports: Vec<Publish>,
 }
@@ -201,7 +203,7 @@ fn isolation(machine: &MachineInfo) -> Isolation {
 fn network(record: &Record, spec: &Spec) -> Option<Network> {
     let asked = Wishes::of(spec).ok()?.network;
     let kind = asked.unwrap_or_else(|| kapsel_sandbox::network::Network::of(spec)).to_string();
-    Some(Network { kind, address: record.address, ports: record.ports.clone() })
+    Some(Network { kind, address: record.address, address6: record.address6, ports: record.ports.clone() })
 }
 
 fn mounts(spec: &Spec) -> Vec<Mount> {

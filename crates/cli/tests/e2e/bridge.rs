@@ -210,6 +210,61 @@ fn published_ports_lead_into_a_sandbox() {
 }
 
 #[test]
+fn the_bridge_carries_ipv6_too() {
+    let world = world!();
+    let host = Host::new("six");
+    let here = |arguments: &[&str]| host.here(|| run("ip", arguments));
+    here(&["addr", "add", "2001:db8::2/64", "dev", "out", "nodad"]);
+    host.beyond(|| run("ip", &["addr", "add", "2001:db8::1/64", "dev", "in", "nodad"]));
+    let httpd = ["httpd", "-f", "-p", "80", "-h", "/etc"];
+    let web = on_bridge(world, &host, "e2e-br-six", &["-p", "[::1]:8080:80"], &httpd);
+    let seen = world.inspect(web.name);
+    assert_eq!(seen["network"]["address6"], "fd6b:ad5::ad5:2");
+    // This host passes no IPv6 on: there is no way out, and kapsel makes none.
+    assert!(!sh(world, web.name, "ip -6 route").1.contains("default"));
+    host.here(|| std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").expect("set"));
+    let client = on_bridge(world, &host, "e2e-br-six-client", &[], &["sleep", "999"]);
+    let (_, seen) = sh(world, client.name, "cat /etc/hosts; ip -6 addr show eth0; ip -6 route");
+    for wanted in
+        ["fd6b:ad5::ad5:2 e2e-br-six", "inet6 fd6b:ad5::ad5:3/64", "default via fd6b:ad5::ad5:1 dev eth0"]
+    {
+        assert!(seen.contains(wanted), "{wanted:?} is not in {seen}");
+    }
+    let (_, page) =
+        sh(world, client.name, "printf 'GET /notes HTTP/1.0\\r\\n\\r\\n' | nc -w 20 fd6b:ad5::ad5:2 80");
+    assert!(page.ends_with("not a program\n"), "{page}");
+    let (code, pinged) = sh(world, client.name, "ping -6 -c 1 -W 20 fd6b:ad5::ad5:1");
+    assert_eq!(code, 0, "{pinged}");
+    // The world sees the host, and the host itself is not reached.
+    let serve = who_is_there(host.beyond(|| TcpListener::bind("[2001:db8::1]:7000").expect("bound")));
+    let answer = std::thread::scope(|scope| {
+        scope.spawn(serve);
+        sh(world, client.name, "nc 2001:db8::1 7000").1
+    });
+    assert_eq!(answer, "you are 2001:db8::2\n");
+    let listening = host.here(|| TcpListener::bind("[::]:7001").expect("bound"));
+    let (code, refused) = sh(world, client.name, "nc -w 5 fd6b:ad5::ad5:1 7001 < /dev/null");
+    assert_ne!(code, 0, "{refused}");
+    drop(listening);
+    // The host reaches a sandbox, by its address and by its port.
+    for to in ["[fd6b:ad5::ad5:2]:80", "[::1]:8080"] {
+        let mut stream = host.here(|| TcpStream::connect(to).expect("connected"));
+        stream.write_all(b"GET /notes HTTP/1.0\r\n\r\n").expect("written");
+        stream.set_read_timeout(Some(PATIENCE)).expect("set");
+        let mut page = String::new();
+        stream.read_to_string(&mut page).expect("read");
+        assert!(page.ends_with("not a program\n"), "{to}: {page}");
+    }
+    drop((web, client));
+    eventually("nothing is left", || host.is_clean());
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let ran = std::process::Command::new(program).args(arguments).status();
+    assert!(ran.is_ok_and(|ran| ran.success()), "{program} {arguments:?}");
+}
+
+#[test]
 fn sandboxes_find_each_other_by_name() {
     let world = world!();
     let host = Host::new("names");

@@ -1,11 +1,13 @@
 //! The bridge's interface.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
 use kapsel_netlink::{CREATE, Message, Socket, ip, link, number};
 use libc::{
-    AF_INET, IFA_LOCAL, IFF_UP, IFLA_ADDRESS, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MASTER,
-    IFLA_MTU, RTA_DST, RTA_OIF, RTM_DELLINK, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK,
+    AF_INET, AF_INET6, EACCES, EAFNOSUPPORT, ENODEV, EOPNOTSUPP, IFA_ADDRESS, IFA_F_NODAD, IFA_FLAGS,
+    IFA_LOCAL, IFF_UP, IFLA_ADDRESS, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU,
+    RTA_DST, RTA_OIF, RTM_DELLINK, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK,
 };
 
 use super::{NAME, Subnet, mac};
@@ -56,18 +58,52 @@ pub(super) fn make(socket: &mut Socket, left: Option<Bridge>, subnet: Subnet) ->
     })?;
     let set_up = quiet(socket, bridge.index)
         .and_then(|()| {
-            let mut body = [0; 8];
-            body[0] = AF_INET as u8;
-            body[1] = subnet.prefix();
-            body[4..8].copy_from_slice(&bridge.index.to_ne_bytes());
+            let body = address(AF_INET, subnet.prefix(), bridge.index);
             socket.request(&Message::new(RTM_NEWADDR, CREATE, &body).with(IFA_LOCAL, &gateway.octets()))
         })
+        .and_then(|()| add_ipv6(socket, bridge.index, subnet))
         .and_then(|()| socket.request(&Message::new(RTM_NEWLINK, 0, &link(bridge.index, IFF_UP as u32))))
         .context(|| format!("give the bridge {NAME} the address {gateway}"));
     if set_up.is_err() {
         let _ = remove(socket, bridge.index);
     }
     set_up.map(|()| bridge)
+}
+
+/// `struct ifaddrmsg`.
+fn address(family: i32, prefix: u8, index: u32) -> [u8; 8] {
+    let [a, b, c, d] = index.to_ne_bytes();
+    [family as u8, prefix, 0, 0, a, b, c, d]
+}
+
+/// Gives the bridge its IPv6 address, where the kernel has IPv6 for it.
+fn add_ipv6(socket: &mut Socket, index: u32, subnet: Subnet) -> io::Result<()> {
+    let body = address(AF_INET6, subnet.prefix6(), index);
+    // At once: nobody else can have it.
+    let add = Message::new(RTM_NEWADDR, CREATE, &body)
+        .with(IFA_LOCAL, &subnet.gateway6().octets())
+        .with_number(IFA_FLAGS, IFA_F_NODAD);
+    match socket.request(&add) {
+        // There is none, or it is switched off (net.ipv6.conf.default.disable_ipv6).
+        Err(error)
+            if [EAFNOSUPPORT, EOPNOTSUPP, EACCES, ENODEV].map(Some).contains(&error.raw_os_error()) =>
+        {
+            tracing::info!(%error, "the bridge {NAME} has no IPv6");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+/// Whether it has its IPv6 address.
+pub(super) fn has_ipv6(socket: &mut Socket, index: u32, subnet: Subnet) -> Result<bool> {
+    let listed = socket.list(&Message::new(RTM_GETADDR, 0, &address(AF_INET6, 0, 0)));
+    let listed = listed.context(|| format!("list the addresses of the bridge {NAME}"))?;
+    let wanted = subnet.gateway6().octets();
+    Ok(listed.iter().any(|body| {
+        let rest = body.get(8..).unwrap_or_default();
+        word(body, 4) == Some(index) && attribute(rest, IFA_ADDRESS).is_some_and(|ip| ip == wanted)
+    }))
 }
 
 /// Removes it.

@@ -11,7 +11,7 @@ mod subnet;
 
 use std::fs;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -80,8 +80,15 @@ fn attach_at(base: &Path, subnet: Subnet, guest: Guest<'_>) -> Result<(Attached,
     };
     forward()?;
     let tap = Tap::new()?;
-    let leased =
-        Leased { sandbox: guest.id.into(), name: guest.name.into(), address, subnet, tap: tap.name.clone() };
+    let address6 = link::has_ipv6(&mut socket, bridge.index, subnet)?.then(|| subnet.address6(address));
+    let leased = Leased {
+        sandbox: guest.id.into(),
+        name: guest.name.into(),
+        address,
+        address6,
+        subnet,
+        tap: tap.name.clone(),
+    };
     let lease = store.write(&leased)?;
     // From here on dropping it undoes all, once the store is unlocked.
     let attached = Attached { lease, base: base.to_owned() };
@@ -92,32 +99,41 @@ fn attach_at(base: &Path, subnet: Subnet, guest: Guest<'_>) -> Result<(Attached,
         let index = tap.index(&mut socket)?;
         link::enslave(&mut socket, index, bridge.index)?;
         tap.up(&mut socket, index, bridge.mtu)?;
-        Ok(Port { interface: interface(subnet, address, bridge.mtu), tap: tap.fd })
+        Ok(Port { interface: interface(subnet, address, address6, bridge.mtu), tap: tap.fd })
     })();
     drop(store);
     Ok((attached, port?))
 }
 
 /// What the guest is told.
-fn interface(subnet: Subnet, address: Ipv4Addr, mtu: u32) -> Interface {
-    let default = Route {
-        destination: Ipv4Addr::UNSPECIFIED.into(),
+fn interface(subnet: Subnet, address: Ipv4Addr, address6: Option<Ipv6Addr>, mtu: u32) -> Interface {
+    let default = |everywhere: IpAddr, gateway: IpAddr| Route {
+        destination: everywhere,
         prefix: 0,
-        gateway: Some(subnet.gateway().into()),
+        gateway: Some(gateway),
         source: None,
         metric: 0,
         scope: 0,
         on_link: false,
         mtu: 0,
     };
-    Interface {
+    let on = |ip: IpAddr, prefix| Address { ip, prefix, no_route: false };
+    let mut interface = Interface {
         name: "eth0".into(),
         mac: mac(address),
         mtu,
-        addresses: vec![Address { ip: address.into(), prefix: subnet.prefix(), no_route: false }],
-        routes: vec![default],
+        addresses: vec![on(address.into(), subnet.prefix())],
+        routes: vec![default(Ipv4Addr::UNSPECIFIED.into(), subnet.gateway().into())],
         neighbours: Vec::new(),
+    };
+    if let Some(address) = address6 {
+        interface.addresses.push(on(address.into(), subnet.prefix6()));
+        // Without a way out programs are told at once, and take the other address of whom they look for.
+        if forwards_ipv6() {
+            interface.routes.push(default(Ipv6Addr::UNSPECIFIED.into(), subnet.gateway6().into()));
+        }
     }
+    interface
 }
 
 /// The Ethernet address that belongs to an address: who gets the one later has the other too, so that no cache is ever wrong.
@@ -131,6 +147,11 @@ impl Attached {
     /// The address.
     pub fn address(&self) -> Ipv4Addr {
         self.lease.leased.address
+    }
+
+    /// The IPv6 address, if the bridge has one.
+    pub fn address6(&self) -> Option<Ipv6Addr> {
+        self.lease.leased.address6
     }
 
     /// Where to look who else is on the bridge.
@@ -210,7 +231,7 @@ fn settle(store: &Store) -> Result<()> {
     match live.first() {
         Some(any) => rules::apply(&rules::all(any.subnet, &live))?,
         None => {
-            rules::apply(rules::NONE)?;
+            rules::apply(&rules::none())?;
             let mut socket = Socket::open().context(|| "speak with the kernel's network".into())?;
             if let Some(bridge) = link::find(&mut socket, NAME)? {
                 link::remove(&mut socket, bridge.index)?;
@@ -237,6 +258,12 @@ fn forward() -> Result<()> {
         tracing::warn!("{SWITCH} was 0 and is 1 now, for the bridge {NAME}: this host passes packets on");
     }
     Ok(())
+}
+
+/// Whether the kernel passes IPv6 packets on. It is not told to: a host that does takes its own way out from no router any more
+/// (`accept_ra` of Linux's ip-sysctl), which is for its administrator to decide.
+fn forwards_ipv6() -> bool {
+    fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding").is_ok_and(|value| value.trim() == "1")
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,24 @@ impl Subnet {
     /// The bridge's address, by which guests reach the rest of the world.
     pub fn gateway(self) -> Ipv4Addr {
         Ipv4Addr::from(self.network + 1)
+    }
+
+    /// Bits that name the network of the IPv6 addresses.
+    pub fn prefix6(self) -> u8 {
+        64
+    }
+
+    /// The IPv6 address of whoever has an IPv4 address: unique local (RFC 4193), in a network whose name is that of this one. It is not random,
+    /// as the RFC wants it to be: what leaves the host has the host's address.
+    pub fn address6(self, address: Ipv4Addr) -> Ipv6Addr {
+        let halves = |word: u32| [(word >> 16) as u16, word as u16];
+        let ([a, b], [c, d]) = (halves(self.network), halves(address.into()));
+        Ipv6Addr::new(0xfd6b, a, b, 0, 0, 0, c, d)
+    }
+
+    /// The bridge's.
+    pub fn gateway6(self) -> Ipv6Addr {
+        self.address6(self.gateway())
     }
 
     /// The lowest address that is not taken.
@@ -103,6 +121,15 @@ mod tests {
         assert_eq!(taken, (2..7).map(|last| Ipv4Addr::new(10, 1, 2, last)).collect::<Vec<_>>());
         taken.remove(1);
         assert_eq!(subnet.free(taken.into_iter()), Some(Ipv4Addr::new(10, 1, 2, 3)));
+    }
+
+    #[test]
+    fn both_addresses_of_a_guest_belong_together() {
+        let subnet: Subnet = "10.213.0.0/22".parse().unwrap();
+        assert_eq!(subnet.gateway6().to_string(), "fd6b:ad5::ad5:1");
+        assert_eq!(subnet.address6([10, 213, 3, 7].into()).to_string(), "fd6b:ad5::ad5:307");
+        let other: Subnet = "192.168.7.0/24".parse().unwrap();
+        assert_eq!(other.gateway6().to_string(), "fd6b:c0a8:700::c0a8:701");
     }
 
     #[test]

@@ -49,10 +49,16 @@ fn the_first_makes_the_bridge_and_the_last_removes_it() {
             first.neighbours().list().unwrap().into_iter().map(|guest| guest.name).collect();
         assert_eq!(names, ["one", "two"]);
         let bridge = told("ip", "addr show kapsel-br0");
-        assert!(bridge.contains("10.213.0.1/22") && !bridge.contains("inet6"), "{bridge}");
+        assert!(bridge.contains("10.213.0.1/22") && !bridge.contains("fe80"), "{bridge}");
+        assert!(bridge.contains("inet6 fd6b:ad5::ad5:1/64"), "{bridge}");
+        assert_eq!(first.address6(), Some("fd6b:ad5::ad5:2".parse().unwrap()));
+        let addresses = port.interface.addresses.iter().map(|address| address.ip.to_string());
+        assert_eq!(addresses.collect::<Vec<_>>(), ["10.213.0.2", "fd6b:ad5::ad5:2"]);
+        assert_eq!(port.interface.routes.len(), 1, "the host passes no IPv6 on");
         assert_eq!(told("ip", "-o link show master kapsel-br0").lines().count(), 2);
         let rules = told("nft", "list ruleset");
         assert!(rules.contains("02:6b:0a:d5:00:03 . 10.213.0.3") && rules.contains("masquerade"), "{rules}");
+        assert!(rules.contains("ip6 saddr fd6b:ad5::/64 oifname != \"kapsel-br0\" masquerade"), "{rules}");
 
         drop((first, port));
         let rules = told("nft", "list ruleset");
@@ -64,6 +70,38 @@ fn the_first_makes_the_bridge_and_the_last_removes_it() {
         assert!(told("ip", "link show kapsel-br0").contains("does not exist"));
         assert!(lease::namespaces(base.path()).unwrap().is_empty());
     });
+}
+
+#[test]
+fn a_host_that_passes_ipv6_on_is_a_way_out() {
+    let base = tempfile::tempdir().unwrap();
+    alone(|| {
+        own_sysctl("net/ipv6/conf/all/forwarding", "1");
+        let (first, port) = join(base.path(), "one");
+        let ways: Vec<_> =
+            port.interface.routes.iter().map(|route| route.gateway.unwrap().to_string()).collect();
+        assert_eq!(ways, ["10.213.0.1", "fd6b:ad5::ad5:1"]);
+        drop((first, port));
+    });
+}
+
+#[test]
+fn without_ipv6_there_is_a_bridge_all_the_same() {
+    let base = tempfile::tempdir().unwrap();
+    alone(|| {
+        own_sysctl("net/ipv6/conf/default/disable_ipv6", "1");
+        let (first, port) = join(base.path(), "one");
+        assert_eq!((first.address6(), port.interface.addresses.len()), (None, 1));
+        let rules = told("nft", "list ruleset");
+        assert!(!rules.contains("ip6") && rules.contains("10.213.0.2"), "{rules}");
+        drop((first, port));
+        assert_eq!(told("nft", "list ruleset"), "");
+    });
+}
+
+/// Sets a parameter of this thread's network namespace.
+fn own_sysctl(name: &str, value: &str) {
+    fs::write(Path::new("/proc/sys").join(name), value).unwrap();
 }
 
 #[test]
@@ -161,6 +199,28 @@ fn packet(kind: &[u8], mac: [u8; 6], sender: [u8; 4]) -> Vec<u8> {
     frame
 }
 
+/// A neighbour advertisement (RFC 4861) to everybody, or another message with the same beginning.
+fn advertisement(kind: u8, mac: [u8; 6], sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
+    let mut message = vec![kind, 0, 0, 0, 0x20, 0, 0, 0];
+    message.extend(target.octets());
+    message.extend([2, 1]);
+    message.extend(mac);
+    let all: Ipv6Addr = "ff02::1".parse().unwrap();
+    let pseudo = [&sender.octets()[..], &all.octets(), &[0, 0, 0, message.len() as u8, 0, 0, 0, 58]].concat();
+    let half = |pair: &[u8]| u32::from(u16::from_be_bytes([pair[0], pair[1]]));
+    let sum: u32 = pseudo.chunks_exact(2).chain(message.chunks_exact(2)).map(half).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    message[2..4].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+    let mut frame = vec![0; VNET_HEADER];
+    frame.extend([0x33, 0x33, 0, 0, 0, 1]);
+    frame.extend(mac);
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, message.len() as u8, 58, 255]);
+    frame.extend(sender.octets());
+    frame.extend(all.octets());
+    frame.extend(message);
+    frame
+}
+
 /// `struct virtio_net_hdr`.
 const VNET_HEADER: usize = 10;
 
@@ -187,6 +247,10 @@ fn a_guest_speaks_for_nobody_else() {
         };
         assert!(arrives(&question(own, own, own_ip)), "an honest question");
         assert!(arrives(&packet(IPV4, own, own_ip)), "an honest packet");
+        const ADVERTISEMENT: u8 = 136;
+        let [own6, others6, link_local] =
+            ["fd6b:ad5::ad5:2", "fd6b:ad5::ad5:3", "fe80::1"].map(|ip| ip.parse::<Ipv6Addr>().unwrap());
+        assert!(arrives(&advertisement(ADVERTISEMENT, own, own6, own6)), "an honest advertisement");
         for (what, frame) in [
             ("a question from another address", question(own, own, others_ip)),
             ("a question from a free address", question(own, own, free_ip)),
@@ -194,7 +258,13 @@ fn a_guest_speaks_for_nobody_else() {
             ("a question from another interface", question(others, own, own_ip)),
             ("a packet from another address", packet(IPV4, own, others_ip)),
             ("a packet from another interface", packet(IPV4, others, own_ip)),
-            ("a packet of IPv6", packet(&[0x86, 0xdd], own, own_ip)),
+            ("a packet of IPv4 as one of IPv6", packet(&[0x86, 0xdd], own, own_ip)),
+            ("another's advertisement", advertisement(ADVERTISEMENT, own, others6, others6)),
+            ("an advertisement for another", advertisement(ADVERTISEMENT, own, own6, others6)),
+            ("an advertisement from another interface", advertisement(ADVERTISEMENT, others, own6, own6)),
+            ("a router's advertisement", advertisement(134, own, own6, own6)),
+            ("a router's, as from its link", advertisement(134, own, link_local, own6)),
+            ("a redirection", advertisement(137, own, own6, own6)),
             ("a packet from another address in a VLAN", packet(&[0x81, 0, 0, 5, 0x08, 0], own, others_ip)),
         ] {
             assert!(!arrives(&frame), "{what}");

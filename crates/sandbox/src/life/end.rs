@@ -127,6 +127,7 @@ impl Sandbox {
                 record.status = Status::Exited;
                 record.exit = Some(exit.clone());
                 record.address = None;
+                record.address6 = None;
                 record.ports.clear();
             });
         }

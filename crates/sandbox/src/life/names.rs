@@ -5,7 +5,7 @@
 use std::fmt::Write;
 use std::fs;
 use std::io::Read;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -32,6 +32,7 @@ const TOGETHER: Duration = Duration::from_millis(20);
 pub struct Names {
     hostname: String,
     address: Option<Ipv4Addr>,
+    address6: Option<Ipv6Addr>,
     added: Vec<(String, IpAddr)>,
     /// Written only where there is something to write.
     hosts: bool,
@@ -40,7 +41,13 @@ pub struct Names {
 
 impl Names {
     /// For a sandbox with these wishes and this network.
-    pub fn new(wishes: &Wishes, network: &Network, hostname: &str, address: Option<Ipv4Addr>) -> Self {
+    pub fn new(
+        wishes: &Wishes,
+        network: &Network,
+        hostname: &str,
+        address: Option<Ipv4Addr>,
+        address6: Option<Ipv6Addr>,
+    ) -> Self {
         let all = *network == Network::Bridge;
         let resolv_conf = match wishes.dns.is_empty() {
             true if !all => None,
@@ -50,6 +57,7 @@ impl Names {
         Self {
             hostname: hostname.into(),
             address,
+            address6,
             added: wishes.add_hosts.clone(),
             hosts: all || !wishes.add_hosts.is_empty(),
             resolv_conf,
@@ -82,8 +90,10 @@ impl Names {
         self.added.iter().for_each(|(name, ip)| line(*ip, &[name]));
         let own = self.address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1));
         line(own.into(), &[&self.hostname]);
+        self.address6.iter().for_each(|own| line((*own).into(), &[&self.hostname]));
         for other in others.iter().filter(|other| other.name != "localhost") {
             line(other.address.into(), &[&other.name]);
+            other.address6.iter().for_each(|address| line((*address).into(), &[&other.name]));
         }
         text
     }
@@ -242,12 +252,14 @@ mod tests {
             add_hosts: hosts.iter().map(|(name, ip)| ((*name).into(), ip.parse().unwrap())).collect(),
             ..Wishes::default()
         };
-        let files = |wishes: &Wishes, network: &Network, address| {
-            let names = Names::new(wishes, network, "box", address);
+        let files = |wishes: &Wishes, network: &Network, address: Option<Ipv4Addr>| {
+            let own = address.map(|_| "fd6b:ad5::ad5:3".parse().unwrap());
+            let names = Names::new(wishes, network, "box", address, own);
             let files = names.files(&[Leased {
                 sandbox: "0123".into(),
                 name: "web".into(),
                 address: [10, 213, 0, 2].into(),
+                address6: Some("fd6b:ad5::ad5:2".parse().unwrap()),
                 subnet: "10.213.0.0/22".parse().unwrap(),
                 tap: "kapsel0".into(),
             }]);
@@ -261,7 +273,13 @@ mod tests {
         let all = files(&all, &Network::Bridge, Some([10, 213, 0, 3].into()));
         assert_eq!(
             all[0].1.lines().collect::<Vec<_>>()[2..],
-            ["192.0.2.7 db", "10.213.0.3 box", "10.213.0.2 web"]
+            [
+                "192.0.2.7 db",
+                "10.213.0.3 box",
+                "fd6b:ad5::ad5:3 box",
+                "10.213.0.2 web",
+                "fd6b:ad5::ad5:2 web"
+            ]
         );
         assert_eq!(all[1], ("hostname".into(), "box\n".into()));
     }

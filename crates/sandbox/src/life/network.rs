@@ -1,6 +1,6 @@
 //! The sandbox's connection to the network: what the host does for it, and what the guest is told.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -96,6 +96,14 @@ impl Connection {
     pub fn address(&self) -> Option<Ipv4Addr> {
         match self {
             Self::Bridge(attached) => Some(attached.address()),
+            Self::None | Self::Taken(_) => None,
+        }
+    }
+
+    /// Its IPv6 address, where kapsel has chosen one.
+    pub fn address6(&self) -> Option<Ipv6Addr> {
+        match self {
+            Self::Bridge(attached) => attached.address6(),
             Self::None | Self::Taken(_) => None,
         }
     }

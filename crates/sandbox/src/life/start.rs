@@ -196,9 +196,13 @@ impl Sandbox {
         drop(phase);
 
         // 6. Known from here on.
-        let address = lock(&self.host).network.address();
+        let (address, address6) = {
+            let host = lock(&self.host);
+            (host.network.address(), host.network.address6())
+        };
         self.note(|record| {
             record.address = address;
+            record.address6 = address6;
             record.ports = published;
             record.machine = Some(MachineInfo {
                 accelerator: blueprint.accelerator().into(),
@@ -269,13 +273,13 @@ impl Sandbox {
 
     /// What the container is told of names, and what tells of changes where there are other sandboxes.
     fn names(&self, hostname: &str) -> Result<(Names, Option<Watch>), Error> {
-        let (address, neighbours) = {
+        let (address, address6, neighbours) = {
             let host = lock(&self.host);
-            (host.network.address(), host.network.neighbours())
+            (host.network.address(), host.network.address6(), host.network.neighbours())
         };
         let watch = neighbours.map(Watch::new).transpose();
         let watch = watch.map_err(|e| Error::Resources(format!("cannot watch the bridge: {e}")))?;
-        Ok((Names::new(&self.wishes, &self.network(), hostname, address), watch))
+        Ok((Names::new(&self.wishes, &self.network(), hostname, address, address6), watch))
     }
 
     /// Takes the ports of the host that it publishes.
