@@ -26,6 +26,8 @@ impl Probe {
 pub struct Capabilities {
     /// [`crate::Machine::snapshot`] and [`crate::Monitor::restore`].
     pub snapshot: bool,
+    /// [`crate::Machine::attach`].
+    pub attach: bool,
     /// The most shares and network interfaces together.
     pub places: usize,
     /// [`crate::Accel::Tcg`].

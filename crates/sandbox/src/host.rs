@@ -152,7 +152,14 @@ mod tests {
 
     #[test]
     fn qemu_where_kapsel_vmm_does_not_fit_and_why_is_said() {
-        let can = Capabilities { snapshot: true, places: 2, tcg: false, vcpus: 32, memory_mib: 65536 };
+        let can = Capabilities {
+            snapshot: true,
+            attach: false,
+            places: 2,
+            tcg: false,
+            vcpus: 32,
+            memory_mib: 65536,
+        };
         let needs = Needs { shares: 3, ..Needs::default() };
         let lack = needs.lacking(&can);
         for wanted in [Isolation::Auto, Isolation::Kvm] {

@@ -25,8 +25,14 @@ use process::{From, start};
 const NAME: &str = "kapsel-vmm";
 
 /// What it can do.
-const CAPABILITIES: Capabilities =
-    Capabilities { snapshot: true, places: PLACES, tcg: false, vcpus: 32, memory_mib: 64 * 1024 };
+const CAPABILITIES: Capabilities = Capabilities {
+    snapshot: true,
+    attach: false,
+    places: PLACES,
+    tcg: false,
+    vcpus: 32,
+    memory_mib: 64 * 1024,
+};
 
 /// The most shares and network interfaces together. The guest knows of a place for each, and finds it empty unless there is one. A
 /// machine has 18; disks, channel, balloon and entropy take five.

@@ -103,6 +103,7 @@ impl Monitor for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             snapshot: true,
+            attach: true,
             places: args::MAX_PLUGGED,
             tcg: true,
             vcpus: args::MAX_CPUS,
