@@ -50,14 +50,11 @@ impl Sandbox {
         set_clock(unix_time_ns).map_err(|e| Error::Internal(format!("setting the clock: {e}")))
     }
 
-    /// Gives the guest randomness, time, a name and a network of its own.
+    /// Gives the guest randomness, time, a name and a network of its own; one that stood by, again.
     ///
     /// # Errors
-    /// When it has them already, or the kernel refuses.
+    /// When the request makes no sense, or the kernel refuses.
     pub async fn configure(&self, request: &api::ConfigureRequest, phases: &mut Phases) -> Result<()> {
-        if self.is_configured() {
-            return Err(Error::State("the guest was configured before".into()));
-        }
         let len = request.entropy.len();
         if !(limits::ENTROPY_MIN..=limits::ENTROPY_MAX).contains(&len) {
             let (min, max) = (limits::ENTROPY_MIN, limits::ENTROPY_MAX);

@@ -33,6 +33,33 @@ pub async fn nothing_runs_before_configure(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
+/// As the host has it rehearsed by a machine that stands by.
+pub async fn the_agent_is_a_program_too(machine: &Machine) -> Result<()> {
+    let mut spec = spec("rehearsal", &[]);
+    spec["process"] = Value::Null;
+    machine.create("rehearsal", &spec, api::Stdio::default()).await?;
+    let (token, stdio) = piped();
+    let mut program = process(&["/proc/self/exe", "rehearse"]);
+    program["user"] = json!({ "uid": 1000, "gid": 1001 });
+    machine.add("rehearsal", "", &program, stdio, false).await?;
+    let start = async { machine.start("rehearsal", "").await.map(drop) };
+    let done = machine.talk(token, b"", start, "rehearsal", "").await?;
+    ensure!(done.code == 0 && done.stdout == "rehearsed\n", "{done:?}");
+    machine.delete("rehearsal", "", false).await?;
+    Ok(())
+}
+
+pub async fn a_guest_is_given_to_another_sandbox(machine: &Machine) -> Result<()> {
+    crate::configure(machine, "second").await?;
+    // In the guest's own name space for host names, as kapsel's containers are.
+    let mut shared = spec("second", &["hostname"]);
+    shared["hostname"] = Value::Null;
+    shared["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
+    let done = machine.run_spec("second", &shared, b"").await?;
+    ensure!(done.stdout == "second\n", "{done:?}");
+    Ok(())
+}
+
 pub async fn a_process_comes_later(machine: &Machine) -> Result<()> {
     let refused = code(machine.start("early", "").await)?;
     ensure!(refused.0 == Code::FAILED_PRECONDITION, "started without a process: {refused:?}");

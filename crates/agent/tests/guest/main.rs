@@ -22,14 +22,14 @@ fn main() -> Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(run())
 }
 
-async fn configure(machine: &Machine) -> Result<()> {
+async fn configure(machine: &Machine, hostname: &str) -> Result<()> {
     let mut entropy = vec![0; 64];
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     let request = api::ConfigureRequest {
         entropy,
         unix_time_ns: now.as_nanos() as u64,
-        hostname: "guest".into(),
+        hostname: hostname.into(),
         ..Default::default()
     };
     machine.agent.configure(context(), &request).await?;
@@ -56,10 +56,12 @@ async fn run() -> Result<()> {
     println!("booted in {:?}", begun.elapsed());
     let mut failed = 0;
     check!(machine, failed, nothing_runs_before_configure);
-    configure(&machine).await?;
+    configure(&machine, "guest").await?;
     check!(
         machine,
         failed,
+        a_guest_is_given_to_another_sandbox,
+        the_agent_is_a_program_too,
         a_process_comes_later,
         phases_are_told,
         exit_codes_and_signals,
