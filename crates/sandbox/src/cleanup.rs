@@ -9,7 +9,7 @@ use std::{
 use crate::{
     listing::lost,
     owner::{self, Owner},
-    paths::{Bundle, Paths},
+    paths::{self, Bundle, Paths},
     record::{self, Record, Status},
     registry::{Error, Registry},
 };
@@ -123,23 +123,44 @@ pub fn resources(paths: &Paths, bundle: &Bundle) -> Result<(), Error> {
     let pod = bundle.pod_dir();
     detach(&pod).map_err(|source| failed("unmount", &pod, source))?;
     unmount_below(bundle.dir()).map_err(|source| failed("unmount below", bundle.dir(), source))?;
-    let name = bundle.dir().file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    if let Ok(Some(cgroup)) = kapsel_jail::Cgroup::open(name) {
-        let removed = cgroup.remove(EMPTY_CGROUP).map_err(io::Error::other);
-        removed.map_err(|source| failed("remove the cgroup of", bundle.dir(), source))?;
-    }
+    own_cgroup(bundle)?;
     if let Some(cgroup) = crate::cgroup::of_engine(bundle) {
         // Others than the sandbox's may be in it, this process too: who put them there removes it then.
         cgroup.remove_empty(LEFT_CGROUP);
     }
-    for path in [bundle.shim_socket(), bundle.attach_socket(), paths.scratch_disk(name)] {
+    let sockets = [bundle.shim_socket(), bundle.attach_socket(), bundle.standby_socket()];
+    for path in sockets.into_iter().chain([paths.scratch_disk(short(bundle))]) {
         absent(fs::remove_file(&path)).map_err(|source| failed("remove", &path, source))?;
     }
     kapsel_network::release(&bundle.network())
         .map_err(|source| failed("disconnect", bundle.dir(), io::Error::other(source)))?;
     // The last one: while it is there the rest is tried again.
+    machine_dir(bundle)
+}
+
+/// Frees what a machine held that has ended, so that the sandbox can have another.
+///
+/// # Errors
+/// When something cannot be freed.
+pub(crate) fn machine(bundle: &Bundle) -> Result<(), Error> {
+    own_cgroup(bundle)?;
+    machine_dir(bundle)?;
+    Ok(paths::private_dir(&bundle.machine_dir())?)
+}
+
+fn own_cgroup(bundle: &Bundle) -> Result<(), Error> {
+    let Ok(Some(cgroup)) = kapsel_jail::Cgroup::open(short(bundle)) else { return Ok(()) };
+    let removed = cgroup.remove(EMPTY_CGROUP).map_err(io::Error::other);
+    removed.map_err(|source| failed("remove the cgroup of", bundle.dir(), source))
+}
+
+fn machine_dir(bundle: &Bundle) -> Result<(), Error> {
     let dir = bundle.machine_dir();
     absent(fs::remove_dir_all(&dir)).map_err(|source| failed("remove", &dir, source))
+}
+
+fn short(bundle: &Bundle) -> &str {
+    bundle.dir().file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
 fn failed(what: &'static str, path: &Path, source: io::Error) -> Error {

@@ -282,6 +282,11 @@ impl Config {
         self.text(Key::Templates) == "true"
     }
 
+    /// How many machines [stand by](crate::standby) at most.
+    pub fn standby(&self) -> usize {
+        self.number(Key::Standby)
+    }
+
     /// At most this many processes in a container; 0 = no limit.
     pub fn pids_limit(&self) -> i64 {
         self.number(Key::PidsLimit)

@@ -20,6 +20,7 @@ use crate::{
     programs,
     record::{self, Record},
     registry::{self, Registry},
+    standby::{self, Kind},
 };
 
 /// Why a sandbox could not be launched.
@@ -84,18 +85,28 @@ impl Leash {
     }
 }
 
+impl From<OwnedFd> for Leash {
+    fn from(ours: OwnedFd) -> Self {
+        Self(ours)
+    }
+}
+
 /// How to launch.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options<'a> {
     /// End the sandbox when this process ends.
     pub leash: bool,
+    /// The disk with the container's root file system, if a machine that [stands by](standby) for it may be taken. It comes with a
+    /// leash.
+    pub rootfs: Option<&'a Path>,
     /// What `--config` gave, for the shim to read too.
     pub config_file: Option<&'a Path>,
     /// What `--root` gave.
     pub root: Option<&'a Path>,
 }
 
-/// Makes the bundle, starts its shim and connects to it. The record's name is chosen when it is empty.
+/// Makes the bundle, starts its shim and connects to it; or takes those of a machine that stands by, and the record has its id then. The
+/// record's name is chosen when it is empty.
 ///
 /// Must run within a tokio runtime.
 ///
@@ -110,6 +121,13 @@ pub async fn launch(
 ) -> Result<Sandbox, Error> {
     let shim = programs::find(programs::SHIM, config)?;
     let registry = Registry::open(paths)?;
+    let kind = options.rootfs.and_then(|rootfs| Kind::of(spec, rootfs, config));
+    if let Some(kind) = kind
+        && let Some((bundle, leash)) = standby::claim(&registry, &kind, record, spec)?
+    {
+        let client = Client::connect(&bundle, &record.id).await?;
+        return Ok(Sandbox { id: record.id.clone(), bundle, client, leash: Some(leash) });
+    }
     let bundle = registry.create(record)?;
     let launched = start(&shim, &bundle, &record.id, spec, options);
     let connected = match launched {
@@ -156,13 +174,17 @@ pub fn furnish(registry: &Registry, record: &mut Record, spec: &Spec) -> Result<
 
 /// Writes the specification and makes the sockets: here and not by the shim, so that nobody ever waits for one to appear.
 fn fill(bundle: &Bundle, spec: &Spec) -> Result<(UnixListener, UnixListener), Error> {
+    write_spec(bundle, spec)?;
+    Ok((listen(&bundle.shim_socket())?, listen(&bundle.attach_socket())?))
+}
+
+pub(crate) fn write_spec(bundle: &Bundle, spec: &Spec) -> Result<(), Error> {
     let unwritten = |source| Error::Io { what: "write", path: bundle.spec(), source };
     let json = serde_json::to_vec(spec).map_err(|error| unwritten(error.into()))?;
     if json.len() > limits::SPEC_MAX {
         return Err(Error::TooLarge { bytes: json.len() });
     }
-    record::replace(&bundle.spec(), &json).map_err(unwritten)?;
-    Ok((listen(&bundle.shim_socket())?, listen(&bundle.attach_socket())?))
+    record::replace(&bundle.spec(), &json).map_err(unwritten)
 }
 
 /// Where the shim and the servers of its shares say what goes wrong.
@@ -190,24 +212,57 @@ fn start(
         }
         false => (None, None),
     };
-    let log = log(bundle)?;
-    let mut command = Command::new(shim);
-    command.arg("serve").arg("--bundle").arg(bundle.dir()).arg("--id").arg(id.as_str());
     let mut passed = vec![("--socket-fd", OwnedFd::from(task)), ("--attach-fd", attach.into())];
     passed.extend(theirs.map(|leash| ("--leash-fd", leash)));
-    for (flag, fd) in &passed {
-        command.arg(flag).arg(fd.as_raw_fd().to_string());
-    }
+    let mut command = serve(shim, bundle, id, passed)?;
     if let Some(root) = options.root {
         command.env("KAPSEL_ROOT", root);
     }
     if let Some(file) = options.config_file {
         command.env("KAPSEL_CONFIG", file);
     }
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
-    inherit(&mut command, passed.into_iter().map(|(_, fd)| fd).collect());
     command.spawn().map_err(|source| Error::Io { what: "start", path: shim.into(), source })?;
     Ok(ours)
+}
+
+/// Starts a shim whose machine stands by for sandboxes with such a specification, and which holds `making` until that is ready. Must
+/// run within a tokio runtime, which reaps it if it ends first.
+pub(crate) fn start_standby(
+    shim: &Path,
+    bundle: &Bundle,
+    id: &Id,
+    spec: &Spec,
+    rootfs: &Path,
+    making: fs::File,
+) -> Result<(), Error> {
+    let (task, attach) = fill(bundle, spec)?;
+    let passed = vec![
+        ("--socket-fd", OwnedFd::from(task)),
+        ("--attach-fd", attach.into()),
+        ("--standby-fd", listen(&bundle.standby_socket())?.into()),
+        ("--making-fd", making.into()),
+    ];
+    let mut command = serve(shim, bundle, id, passed)?;
+    command.arg("--rootfs").arg(rootfs);
+    let spawned = tokio::process::Command::from(command).spawn();
+    spawned.map(drop).map_err(|source| Error::Io { what: "start", path: shim.into(), source })
+}
+
+/// The command that makes a shim own a bundle.
+fn serve(
+    shim: &Path,
+    bundle: &Bundle,
+    id: &Id,
+    passed: Vec<(&'static str, OwnedFd)>,
+) -> Result<Command, Error> {
+    let mut command = Command::new(shim);
+    command.arg("serve").arg("--bundle").arg(bundle.dir()).arg("--id").arg(id.as_str());
+    for (flag, fd) in &passed {
+        command.arg(flag).arg(fd.as_raw_fd().to_string());
+    }
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log(bundle)?));
+    inherit(&mut command, passed.into_iter().map(|(_, fd)| fd).collect());
+    Ok(command)
 }
 
 fn listen(path: &Path) -> Result<UnixListener, Error> {

@@ -29,6 +29,7 @@ pub mod removal;
 pub mod seccomp;
 pub mod signals;
 pub mod spec;
+pub mod standby;
 pub mod stdio;
 pub mod streams;
 pub mod template;

@@ -19,6 +19,7 @@ mod network;
 mod process;
 mod resources;
 mod shares;
+mod spare;
 mod start;
 mod tree;
 mod update;
@@ -40,6 +41,7 @@ use kapsel_protocol::limits;
 pub use members::Member;
 use oci_spec::runtime::{Process as OciProcess, Spec};
 pub use process::{Process, State, Wanted};
+pub use spare::Spare;
 pub use start::{CreateRequest, IoRequest};
 use tokio::sync::{Notify, OnceCell, watch};
 
@@ -71,6 +73,8 @@ pub struct Sandbox {
     members: Mutex<HashMap<String, Option<Arc<Container>>>>,
     record: Mutex<Record>,
     guest: OnceCell<Guest>,
+    /// A machine that was made for it before it was known.
+    spare: Mutex<Option<Spare>>,
     /// Whether `create` was called.
     begun: Mutex<bool>,
     /// What it has on the host, to be freed at the end.
@@ -122,7 +126,8 @@ enum Ended {
 }
 
 impl Sandbox {
-    /// Reads a bundle. Nothing is started yet, but whoever wants may attach.
+    /// Reads a bundle. Nothing is started yet, but whoever wants may attach. With a machine that stood by for it, if it was made for
+    /// this bundle.
     ///
     /// # Errors
     /// When the bundle's specification or record cannot be read or followed.
@@ -132,6 +137,7 @@ impl Sandbox {
         bundle: Bundle,
         id: Id,
         watch: Stopwatch,
+        spare: Option<Spare>,
     ) -> Result<Arc<Self>, Error> {
         let bad = |reason: String| Error::Spec { path: bundle.spec(), reason };
         let json = std::fs::read(bundle.spec()).map_err(|e| bad(e.to_string()))?;
@@ -164,6 +170,7 @@ impl Sandbox {
             wishes,
             record: Mutex::new(record),
             guest: OnceCell::new(),
+            spare: Mutex::new(spare),
             begun: Mutex::default(),
             host: Mutex::default(),
             ended: watch::Sender::default(),

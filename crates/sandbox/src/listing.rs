@@ -66,7 +66,11 @@ pub async fn list(registry: &Registry, deadline: Duration) -> Result<Vec<Entry>,
 /// Looks at one sandbox; `None` when it went away meanwhile.
 pub async fn look(bundle: Bundle, deadline: Duration) -> Option<Entry> {
     let record = Record::read(&bundle);
-    if record.is_err() && !bundle.dir().exists() {
+    // It has gone, or is that of a machine that stands by.
+    if record.is_err()
+        && !bundle.record().exists()
+        && (!bundle.dir().exists() || bundle.standby_socket().exists())
+    {
         return None;
     }
     let health = match (&record, owner::of(&bundle)) {

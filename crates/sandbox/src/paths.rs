@@ -100,9 +100,8 @@ impl Paths {
     /// # Errors
     /// When a directory cannot be made, is not ours, or is writable for others.
     pub fn prepare(&self) -> Result<(), Error> {
-        for dir in
-            [&self.data, &self.state, &self.sandboxes(), &self.names(), &self.templates(), &self.engines()]
-        {
+        let folders = [self.sandboxes(), self.names(), self.standbys(), self.templates(), self.engines()];
+        for dir in [&self.data, &self.state].into_iter().chain(&folders) {
             private_dir(dir)?;
         }
         Ok(())
@@ -146,6 +145,11 @@ impl Paths {
     /// One symbolic link per name in use, to the short id.
     pub fn names(&self) -> PathBuf {
         self.state.join("names")
+    }
+
+    /// One file for each [machine that stands by](crate::standby).
+    pub fn standbys(&self) -> PathBuf {
+        self.state.join("standby")
     }
 
     fn engines(&self) -> PathBuf {
@@ -311,6 +315,11 @@ impl Bundle {
     /// Streams to and from the container's processes ([protocol](crate::attach)).
     pub fn attach_socket(&self) -> PathBuf {
         self.0.join("attach.sock")
+    }
+
+    /// Where a machine that [stands by](crate::standby) is taken.
+    pub fn standby_socket(&self) -> PathBuf {
+        self.0.join("standby.sock")
     }
 
     /// The start's phases ([`crate::timings`]).

@@ -94,12 +94,26 @@ impl Registry {
         let io = |source| Error::Io { what: "create", path: bundle.dir().into(), source };
         let _lock = self.lock()?;
         fs::DirBuilder::new().mode(0o700).create(bundle.dir()).map_err(io)?;
-        let named = if record.name.is_empty() { self.claim_any(record) } else { self.claim(record) };
-        let written = named.and_then(|()| Ok(record.write(&bundle)?));
+        let written = self.enter(record, &bundle);
         if written.is_err() {
             let _ = fs::remove_dir_all(bundle.dir());
         }
         written.map(|()| bundle)
+    }
+
+    /// Makes the bundle of a machine that stood by a sandbox's, as [`Registry::create`] a new one.
+    ///
+    /// # Errors
+    /// When the name is in use or not valid, or the record cannot be written. The bundle is as it was then.
+    pub(crate) fn adopt(&self, record: &mut Record) -> Result<Bundle, Error> {
+        let bundle = self.paths.bundle(&record.id);
+        let _lock = self.lock()?;
+        self.enter(record, &bundle).map(|()| bundle)
+    }
+
+    fn enter(&self, record: &mut Record, bundle: &Bundle) -> Result<(), Error> {
+        if record.name.is_empty() { self.claim_any(record) } else { self.claim(record) }?;
+        Ok(record.write(bundle)?)
     }
 
     fn claim_any(&self, record: &mut Record) -> Result<(), Error> {
@@ -179,7 +193,7 @@ impl Registry {
             return Err(not_found());
         }
         let mut matching = self.bundles()?;
-        matching.retain(|bundle| matches_id(bundle, typed));
+        matching.retain(|bundle| bundle.record().exists() && matches_id(bundle, typed));
         match matching.len() {
             0 => Err(not_found()),
             1 => Ok(matching.swap_remove(0)),

@@ -152,7 +152,12 @@ impl Drop for Streams {
     }
 }
 
-async fn open(channel: &dyn Channel, token: Token, kind: Kind) -> Result<kapsel_channel::Stream, Error> {
+/// Opens one stream of a process that was announced with `token`.
+pub(crate) async fn open(
+    channel: &dyn Channel,
+    token: Token,
+    kind: Kind,
+) -> Result<kapsel_channel::Stream, Error> {
     let mut stream = channel.open(STDIO_PORT).await?;
     stream.write_all(Header { token, kind }.to_string().as_bytes()).await?;
     stream.flush().await?;

@@ -44,6 +44,19 @@ pub struct Serve {
     pub bundle: PathBuf,
     /// The sandbox.
     pub id: Id,
+    /// Its machine stands by first.
+    pub standby: Option<Standby>,
+}
+
+/// How to stand by.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Standby {
+    /// Listens; where the machine is taken.
+    pub socket: RawFd,
+    /// A lock: one machine is made at a time.
+    pub making: RawFd,
+    /// The disk with the container's root file system.
+    pub rootfs: PathBuf,
 }
 
 /// Reads the arguments after the program's name.
@@ -85,7 +98,16 @@ fn options(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Options> 
 }
 
 fn serve(options: &Options) -> anyhow::Result<Command> {
-    let known = ["--socket-fd", "--attach-fd", "--leash-fd", "--bundle", "--id"];
+    let known = [
+        "--socket-fd",
+        "--attach-fd",
+        "--leash-fd",
+        "--bundle",
+        "--id",
+        "--standby-fd",
+        "--making-fd",
+        "--rootfs",
+    ];
     if let Some((unknown, _)) = options.iter().find(|(name, _)| !known.contains(&name.as_str())) {
         bail!("unknown option {unknown}");
     }
@@ -97,12 +119,20 @@ fn serve(options: &Options) -> anyhow::Result<Command> {
         let fd = value.to_str().and_then(|v| v.parse().ok()).filter(|fd| *fd > 2);
         fd.with_context(|| format!("{name} {value:?} is no descriptor"))
     };
+    let standby = |socket: &OsStr| -> anyhow::Result<Standby> {
+        Ok(Standby {
+            socket: fd("--standby-fd", socket)?,
+            making: fd("--making-fd", need("--making-fd")?)?,
+            rootfs: need("--rootfs")?.into(),
+        })
+    };
     Ok(Command::Serve(Serve {
         socket: fd("--socket-fd", need("--socket-fd")?)?,
         attach: fd("--attach-fd", need("--attach-fd")?)?,
         leash: find("--leash-fd").map(|value| fd("--leash-fd", value)).transpose()?,
         bundle: need("--bundle")?.into(),
         id: text(need("--id")?)?.parse()?,
+        standby: find("--standby-fd").map(standby).transpose()?,
     }))
 }
 
@@ -133,7 +163,15 @@ mod tests {
         let line = format!("serve --bundle /b --id {id} --socket-fd 3 --attach-fd 4 --leash-fd 5");
         let Command::Serve(serve) = run(&line).unwrap() else { panic!("{line}") };
         assert_eq!((serve.socket, serve.attach, serve.leash), (3, 4, Some(5)));
-        assert_eq!((serve.bundle, serve.id.as_str()), (PathBuf::from("/b"), id.as_str()));
+        assert_eq!(
+            (serve.bundle, serve.id.as_str(), serve.standby),
+            (PathBuf::from("/b"), id.as_str(), None)
+        );
+        let line = format!(
+            "serve --bundle /b --id {id} --socket-fd 3 --attach-fd 4 --standby-fd 5 --making-fd 6 --rootfs /x"
+        );
+        let Command::Serve(serve) = run(&line).unwrap() else { panic!("{line}") };
+        assert_eq!(serve.standby, Some(Standby { socket: 5, making: 6, rootfs: "/x".into() }));
         let Command::BuildTemplate { annotations, rootfs, programs } =
             run("build-template --annotation a=b=c --program /bin/a --rootfs /x --program /b").unwrap()
         else {
@@ -153,6 +191,7 @@ mod tests {
             "serve".into(),
             format!("serve --bundle /b --id {id} --socket-fd 3"),
             format!("serve --bundle /b --id {id} --socket-fd 1 --attach-fd 4"),
+            format!("serve --bundle /b --id {id} --socket-fd 3 --attach-fd 4 --standby-fd 5 --making-fd 6"),
             format!("serve --bundle /b --id {id} --socket-fd 3 --attach-fd 4 --fast yes"),
             "serve --bundle /b --id abc --socket-fd 3 --attach-fd 4".into(),
             "serve --bundle".into(),

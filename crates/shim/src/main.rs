@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `args` | the command line |
 //! | `serve` | the life of this process around that of its sandbox |
+//! | `standby` | its machine is there before the sandbox is known |
 //! | `task` | the Task API, over [`kapsel_sandbox::life`] |
 //! | `convert` | between that API's messages and ours |
 //! | `attach` | streams and copies, on `attach.sock` |
@@ -16,6 +17,7 @@ mod clients;
 mod convert;
 mod engine;
 mod serve;
+mod standby;
 mod task;
 
 use std::{process::ExitCode, time::Duration};

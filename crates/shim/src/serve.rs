@@ -6,13 +6,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use containerd_shim_protos::shim_async::create_task;
 use futures::stream;
 use kapsel_sandbox::{
     cleanup,
     config::Config,
-    life::{Cause, Sandbox},
+    life::{Cause, Sandbox, Spare},
     owner::{self, Ownership},
     paths::{Bundle, Id, Paths},
     record::{Exit, Record, Status, now},
@@ -30,6 +30,7 @@ use crate::{
     args::Serve,
     attach,
     clients::{Clients, Counted},
+    standby,
     task::TaskService,
 };
 
@@ -48,7 +49,15 @@ pub async fn serve(paths: Paths, config: Config, args: Serve, watch: Stopwatch) 
     };
     let leash = args.leash.map(connection).transpose().context("cannot use --leash-fd")?;
     let bundle = Bundle::at(&args.bundle);
-    let owned = Owned::take(paths, config, bundle, args.id, sockets, watch).await?;
+    let ownership = own(&bundle)?;
+    let (leash, spare, watch) = match args.standby {
+        None => (leash, None, watch),
+        Some(order) => match standby::wait(&paths, &config, &bundle, &args.id, order).await? {
+            Some((leash, spare)) => (Some(leash), Some(spare), Stopwatch::default()),
+            None => return Ok(()),
+        },
+    };
+    let owned = Owned::take(paths, config, (bundle, ownership), args.id, sockets, watch, spare).await?;
     let (asked, sandbox) = (asked_to_end()?, owned.sandbox.clone());
     tokio::spawn(async move {
         asked.await;
@@ -81,19 +90,18 @@ pub struct Owned {
 }
 
 impl Owned {
-    /// Takes a bundle; nothing is started yet.
+    /// Takes a bundle; nothing is started yet, but perhaps a machine stood by.
     pub async fn take(
         paths: Paths,
         config: Config,
-        bundle: Bundle,
+        bundle: (Bundle, Ownership),
         id: Id,
         sockets: Sockets,
         watch: Stopwatch,
+        spare: Option<Spare>,
     ) -> anyhow::Result<Self> {
-        let claimed =
-            owner::claim(&bundle).with_context(|| format!("cannot own {}", bundle.dir().display()))?;
-        let Some(ownership) = claimed else { bail!("{} belongs to another shim", bundle.dir().display()) };
-        let sandbox = match Sandbox::open(paths.clone(), config, bundle.clone(), id, watch) {
+        let (bundle, ownership) = bundle;
+        let sandbox = match Sandbox::open(paths.clone(), config, bundle.clone(), id, watch, spare) {
             Ok(sandbox) => sandbox,
             Err(error) => {
                 record_failure(&paths, &bundle, &error.to_string());
@@ -123,26 +131,34 @@ impl Owned {
     }
 }
 
+/// Takes a bundle that is nobody's.
+pub fn own(bundle: &Bundle) -> anyhow::Result<Ownership> {
+    let claimed = owner::claim(bundle).with_context(|| format!("cannot own {}", bundle.dir().display()))?;
+    claimed.with_context(|| format!("{} belongs to another shim", bundle.dir().display()))
+}
+
 /// A listening socket that was passed to this process.
 pub fn listener(fd: RawFd) -> std::io::Result<UnixListener> {
-    // SAFETY: the parent passed `fd` to this process for this purpose alone (`kapsel_sandbox::launch`); nothing here has
-    // used it before.
-    let listener = unsafe { std::os::unix::net::UnixListener::from_raw_fd(fd) };
+    let listener = std::os::unix::net::UnixListener::from(passed(fd)?);
     // Refuses what is no socket, before anything else believes in it.
     listener.local_addr()?;
     listener.set_nonblocking(true)?;
-    // Passed to this process and not to its children: one that kept the leash would keep the sandbox.
-    owner::close_on_exec(listener.as_fd())?;
     UnixListener::from_std(listener)
 }
 
 fn connection(fd: RawFd) -> std::io::Result<UnixStream> {
-    // SAFETY: as in `listener`.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let stream = std::os::unix::net::UnixStream::from(fd);
+    let stream = std::os::unix::net::UnixStream::from(passed(fd)?);
     stream.set_nonblocking(true)?;
-    owner::close_on_exec(stream.as_fd())?;
     UnixStream::from_std(stream)
+}
+
+/// A descriptor that was passed to this process and not to its children: one that kept the leash would keep the sandbox.
+pub fn passed(fd: RawFd) -> std::io::Result<OwnedFd> {
+    // SAFETY: the parent passed `fd` to this process for one purpose alone (`kapsel_sandbox::launch`); nothing here has used it
+    // before.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    owner::close_on_exec(fd.as_fd())?;
+    Ok(fd)
 }
 
 /// The Task API's connections, counted.

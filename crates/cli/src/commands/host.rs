@@ -39,7 +39,8 @@ impl Host {
 
     /// How shims are launched, so that they see the same machine.
     pub fn launch_options(&self) -> launch::Options<'_> {
-        launch::Options { leash: false, config_file: self.config_file.as_deref(), root: self.root.as_deref() }
+        let (config_file, root) = (self.config_file.as_deref(), self.root.as_deref());
+        launch::Options { config_file, root, ..launch::Options::default() }
     }
 
     /// The image store.

@@ -163,6 +163,8 @@ pub fn import(host: &Host, flags: &Import) -> Outcome {
 pub fn remove(host: &Host, flags: &Rmi) -> Outcome {
     let store = host.images()?;
     let in_use: Vec<PathBuf> = host.rootfs_in_use()?;
+    // They hold files of images open, which would keep their space.
+    super::template::dismiss_standbys(host)?;
     super::many::each(&flags.images, |name| match store.remove(name, &in_use, flags.force) {
         Ok(pruned) => {
             pruned.images.iter().for_each(|image| output::print(format!("{image}\n").as_bytes()));

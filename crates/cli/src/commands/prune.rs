@@ -42,6 +42,7 @@ pub fn run(host: &Host, flags: &Prune) -> Outcome {
             Err(failure) => code = code.max(failure.report()),
         }
     }
+    super::template::dismiss_standbys(host)?;
     // Those that nothing can use any more went when their successor was made.
     let templates = if flags.all { template::remove_all(&host.paths)? } else { Vec::new() };
     let options = PruneOptions { all: flags.all, in_use: host.rootfs_in_use()? };

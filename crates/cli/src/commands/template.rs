@@ -3,6 +3,7 @@
 use kapsel_sandbox::annotations::Wishes;
 use kapsel_sandbox::config::Isolation;
 use kapsel_sandbox::spec::{self, ImageDefaults, Limits, RunOptions};
+use kapsel_sandbox::standby::{self, Standby};
 use kapsel_sandbox::template::{self, Template};
 use serde::Serialize;
 
@@ -29,16 +30,19 @@ struct Listed {
     scratch: bool,
     /// The root file system of the container in it; null: it is empty.
     container: Option<String>,
+    /// Machines that stand by, made from it.
+    standby: usize,
     /// RFC 3339.
     created_at: String,
     /// Bytes on the disk.
     disk_usage: u64,
 }
 
-impl From<Template> for Listed {
-    fn from(template: Template) -> Self {
+impl Listed {
+    fn new(template: Template, standing: &[Standby]) -> Self {
         let Template { meta, disk_usage, .. } = template;
         Listed {
+            standby: standing.iter().filter(|standby| standby.template == meta.key).count(),
             key: meta.key,
             isolation: meta.shape.isolation,
             kernel: meta.shape.kernel,
@@ -62,10 +66,11 @@ pub fn run(host: &Host, command: &system::Template) -> Outcome {
 }
 
 fn list(host: &Host, json: bool) -> Outcome {
+    let standing = standby::list(&host.paths).map_err(unlisted)?;
     let mut listed = Vec::new();
     for found in template::list(&host.paths)? {
         match found {
-            Ok(template) => listed.push(Listed::from(template)),
+            Ok(template) => listed.push(Listed::new(template, &standing)),
             Err(error) => Failure::from(error).warn(),
         }
     }
@@ -74,7 +79,7 @@ fn list(host: &Host, json: bool) -> Outcome {
         return Ok(0);
     }
     let mut table =
-        Table::new(&["KEY", "MACHINE", "CPUS", "MEMORY", "KERNEL", "HOLDS", "CREATED", "ON DISK"]);
+        Table::new(&["KEY", "MACHINE", "CPUS", "MEMORY", "KERNEL", "HOLDS", "STANDBY", "CREATED", "ON DISK"]);
     for template in listed {
         table.row([
             template.key.chars().take(12).collect(),
@@ -83,6 +88,7 @@ fn list(host: &Host, json: bool) -> Outcome {
             size::bytes(template.memory),
             template.kernel,
             template.container.map_or_else(|| "-".into(), |rootfs| rootfs.chars().take(19).collect()),
+            template.standby.to_string(),
             template.created_at,
             size::bytes(template.disk_usage),
         ]);
@@ -93,6 +99,10 @@ fn list(host: &Host, json: bool) -> Outcome {
 
 fn remove(host: &Host, flags: &system::TemplateRm) -> Outcome {
     let print = |key: &str| output::print(format!("{key}\n").as_bytes());
+    dismiss_standbys(host)?;
+    if flags.standby {
+        return Ok(0);
+    }
     if flags.all {
         template::remove_all(&host.paths)?.iter().for_each(|key| print(key));
         return Ok(0);
@@ -101,6 +111,15 @@ fn remove(host: &Host, flags: &system::TemplateRm) -> Outcome {
         print(&template::remove(&host.paths, key)?);
         Ok(())
     })
+}
+
+/// Ends the machines that stand by: what they were made from goes.
+pub fn dismiss_standbys(host: &Host) -> Result<(), Failure> {
+    host::runtime()?.block_on(standby::dismiss_all(&host.paths)).map_err(unlisted)
+}
+
+fn unlisted(error: std::io::Error) -> Failure {
+    Failure::new(format!("cannot list the machines that stand by: {error}"))
 }
 
 /// Makes the template for a machine, waits until it is there, and prints its key.

@@ -52,8 +52,11 @@ pub struct TemplateRm {
     /// All of them
     #[arg(short, long, conflicts_with = "keys")]
     pub all: bool,
+    /// None of them, but the machines that stand by
+    #[arg(long, conflicts_with_all = ["keys", "all"])]
+    pub standby: bool,
     /// Keys, or the beginnings of keys
-    #[arg(value_name = "KEY", required_unless_present = "all")]
+    #[arg(value_name = "KEY", required_unless_present_any = ["all", "standby"])]
     pub keys: Vec<String>,
 }
 

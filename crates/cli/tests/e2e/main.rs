@@ -13,6 +13,7 @@ mod place;
 mod pty;
 mod refused;
 mod run;
+mod standby;
 mod streams;
 mod templates;
 mod terminal;

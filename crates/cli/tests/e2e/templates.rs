@@ -20,7 +20,7 @@ fn clones_share_no_randomness_and_no_name() {
 }
 
 /// What a process can see of its container that must not depend on how the container came to be.
-const LOOK_AROUND: &str = "grep -E 'Cap|Secc|NoNew|Uid|Gid|Groups' /proc/self/status; cat /proc/mounts /proc/self/cgroup; \
+pub const LOOK_AROUND: &str = "grep -E 'Cap|Secc|NoNew|Uid|Gid|Groups' /proc/self/status; cat /proc/mounts /proc/self/cgroup; \
     ls -l /dev | awk '{print $1, $3, $4, $5, $6, $NF}'; ls /proc/self/fd; cat /sys/fs/cgroup/pids.max; ulimit -a; env; pwd";
 
 #[test]

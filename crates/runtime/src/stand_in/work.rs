@@ -84,7 +84,7 @@ async fn launch(host: &Host, order: &NewContainer) -> anyhow::Result<(launch::Sa
     record.terminal = order.terminal;
     let wanted = Wanted::of(order.terminal);
     record.stdin = true;
-    let options = launch::Options { leash: true, root: host.root.as_deref(), config_file: None };
+    let options = launch::Options { leash: true, root: host.root.as_deref(), ..launch::Options::default() };
     let spec = connected(order)?;
     let sandbox = launch::launch(&host.paths, &host.config, &mut record, &spec, options).await?;
     let bundle = sandbox.bundle.clone();

@@ -49,6 +49,8 @@ keys! {
     Libexec "libexec" = "", any, "directory of the helper programs; empty: beside kapsel";
     Templates "templates" = "true", |v| one_of(v, &["true", "false"]).map_err(|_| "expected true or false".into()),
         "start sandboxes from a saved booted machine";
+    Standby "standby" = "0", |v| number(v, 0, 64),
+        "restored machines that stand by for sandboxes like the last ones, each holding some 100 MiB";
     PidsLimit "pids_limit" = "4096", |v| number(v, 0, 4_194_304), "most processes in a container; 0: no limit";
     Seccomp "seccomp" = "default", any, "system call filter of containers: default, unconfined or a file";
     LogSize "log_size" = "16M", |v| size(v, 64 << 10), "most bytes of a container's output log";

@@ -112,6 +112,7 @@ impl Container {
             Some(Later { process: process?, seccomp: seccomp::Filter::default(), plan, log: None })
         });
         let first = if exec_id.is_empty() { lock(&self.first).take() } else { None };
+        let prepared = first.is_some();
         let started = match added.or(first) {
             Some(later) => self.start_later(guest, &process, later).await,
             None => guest.agent.start(&self.name, "").await,
@@ -126,6 +127,9 @@ impl Container {
                         record.started_at = Some(crate::record::now());
                     });
                     sandbox.watch.write(&sandbox.bundle);
+                    if prepared {
+                        sandbox.want_standby();
+                    }
                 }
                 self.follow(sandbox, process);
                 Ok(pid)

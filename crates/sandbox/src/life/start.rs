@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use kapsel_jail::{Cgroup, cgroup::Named};
-use kapsel_machine::{Machine, Snapshot};
+use kapsel_machine::{Attachment, Machine, Snapshot};
 use kapsel_protocol::api;
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
     network::{self, Connection, Plugs},
     shares::{self, Servers},
     size,
+    spare::Spare,
     tree::Tree,
 };
 use crate::{
@@ -122,8 +123,12 @@ impl Sandbox {
         drop(phase);
 
         // 2. File servers, so that the machine finds them.
+        let spare = self.spare(&blueprint, prepared.as_ref()).await;
         let phase = self.watch.phase("shares");
-        self.make_cgroup(&mut blueprint)?;
+        match &spare {
+            Some(spare) => self.take_cgroup(&mut blueprint, spare.cgroup.clone()),
+            None => self.make_cgroup(&mut blueprint)?,
+        }
         let cgroup = blueprint.spec.jail.cgroup.clone();
         let (servers, connected) =
             Servers::start(&guest_spec.shares, &self.bundle, &self.id, &self.config, cgroup.as_ref())?;
@@ -139,22 +144,36 @@ impl Sandbox {
         blueprint.spec.nics = nics;
         let forward = self.forward(ports, cgroup.as_ref())?;
 
-        // 4. The machine: a clone of a template, or a cold boot.
-        let (machine, origin) = self.machine(&blueprint, prepared.as_ref()).await?;
+        // 4. The machine: one that stood by, a clone of a template, or a cold boot.
+        let (machine, origin, channel) = match spare {
+            Some(Spare { machine, channel, pid, .. }) => {
+                for nic in blueprint.spec.nics.drain(..) {
+                    machine.attach(Attachment::Nic(nic)).await?;
+                }
+                (machine, Origin::Prepared { pid }, Some(channel))
+            }
+            None => {
+                let (machine, origin) = self.machine(&blueprint, prepared.as_ref()).await?;
+                let phases = machine.phases();
+                phases.iter().for_each(|p| {
+                    self.watch.add(format!("machine: {}", p.name), p.took.as_secs_f64() * 1e3);
+                });
+                (machine, origin, None)
+            }
+        };
         drop(scratch);
         // The monitor has taps and connections now: they shall go with it.
         blueprint.spec.nics.clear();
         blueprint.spec.shares.clear();
         lock(&self.host).machine = Some(machine.clone());
         self.watch_machine(&machine);
-        machine
-            .phases()
-            .iter()
-            .for_each(|p| self.watch.add(format!("machine: {}", p.name), p.took.as_secs_f64() * 1e3));
 
         // 5. The agent. Its requests follow each other without waiting for answers: it carries them out in order.
         let phase = self.watch.phase("agent");
-        let channel = machine.connect(self.config.start_timeout()).await?;
+        let channel = match channel {
+            Some(channel) => channel,
+            None => machine.connect(self.config.start_timeout()).await?,
+        };
         let agent = Agent::open(&channel, self.watch.clone()).await?;
         let hostname = self.spec.hostname().clone().unwrap_or_else(|| name.into());
         let (names, watch) = self.names(&hostname)?;
@@ -230,7 +249,7 @@ impl Sandbox {
     }
 
     /// The main container's specification for the guest, and what it names of the host where the guest finds it.
-    fn furnish_main(&self, rootfs: &Rootfs, scratch_disk: bool) -> Result<GuestSpec, Error> {
+    pub(super) fn furnish_main(&self, rootfs: &Rootfs, scratch_disk: bool) -> Result<GuestSpec, Error> {
         let translate = |sharing| {
             let is_file = |path: &std::path::Path| path.is_file();
             guest_spec::translate(&self.spec, &self.main.name, rootfs, scratch_disk, sharing, is_file)
@@ -246,7 +265,7 @@ impl Sandbox {
     }
 
     /// The network that the sandbox shall have.
-    fn network(&self) -> Network {
+    pub(super) fn network(&self) -> Network {
         self.wishes.network.clone().unwrap_or_else(|| Network::of(&self.spec))
     }
 
@@ -304,7 +323,7 @@ impl Sandbox {
         Ok(Some(pid))
     }
 
-    fn draw(
+    pub(super) fn draw(
         &self,
         rootfs: Option<PathBuf>,
         scratch: &Option<Scratch>,
@@ -327,16 +346,19 @@ impl Sandbox {
 
     /// Bounds what the sandbox's processes take of the host. Where no cgroup of its own can be had the log says so; one that an
     /// engine names must be.
-    fn make_cgroup(&self, blueprint: &mut Blueprint) -> Result<(), Error> {
+    pub(super) fn make_cgroup(&self, blueprint: &mut Blueprint) -> Result<(), Error> {
         let memory = u64::from(blueprint.spec.memory_mib) << 20;
         let cgroup = match cgroup::named(&self.spec).map_err(|error| Error::Invalid(error.to_string()))? {
             Some(named) => self.engines_cgroup(&named, memory)?,
             None => None,
         };
-        let cgroup = cgroup.or_else(|| self.own_cgroup(memory));
+        self.take_cgroup(blueprint, cgroup.or_else(|| self.own_cgroup(memory)));
+        Ok(())
+    }
+
+    fn take_cgroup(&self, blueprint: &mut Blueprint, cgroup: Option<Cgroup>) {
         lock(&self.host).cgroup = cgroup.clone();
         blueprint.spec.jail.cgroup = cgroup;
-        Ok(())
     }
 
     fn engines_cgroup(&self, named: &Named, memory: u64) -> Result<Option<Cgroup>, Error> {

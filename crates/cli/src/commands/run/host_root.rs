@@ -37,7 +37,6 @@ pub fn run(host: &Host, flags: Do, trace: Trace) -> Outcome {
         env: environment(&flags.env),
         user: Some(format!("{uid}:{gid}")),
         workdir: Some(workdir.to_owned()),
-        hostname: Some(record.id.short().to_owned()),
         terminal: interactive,
         volumes,
         ..machine_options(host, &flags.machine)?

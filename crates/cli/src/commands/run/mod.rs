@@ -83,7 +83,8 @@ pub fn run(host: &Host, flags: Run, mut trace: Trace) -> Outcome {
         env: env::collect(&flags.process)?,
         user: flags.process.user.clone(),
         workdir: flags.process.workdir.clone(),
-        hostname: Some(flags.hostname.clone().unwrap_or_else(|| record.id.short().to_owned())),
+        // Without one it is the sandbox's short id.
+        hostname: flags.hostname.clone(),
         terminal: flags.terminal,
         read_only: flags.files.read_only,
         tmpfs: flags.files.tmpfs.clone(),
@@ -168,7 +169,8 @@ impl Plan {
     }
 
     async fn start(mut self, host: &Host, spec: &Spec, trace: &mut Trace) -> Outcome {
-        let options = launch::Options { leash: true, ..host.launch_options() };
+        let disk = self.record.rootfs.clone();
+        let options = launch::Options { leash: true, rootfs: disk.as_deref(), ..host.launch_options() };
         let launched = launch::launch(&host.paths, &host.config, &mut self.record, spec, options).await?;
         trace.phase("launch the shim");
         let mut signals = Signals::take_over()?;

@@ -23,7 +23,7 @@ use super::{Task, Tasks};
 use crate::{
     convert,
     engine::{pod::Place, pod_bundle, rootfs, sandbox_file},
-    serve::{Owned, Sockets},
+    serve::{Owned, Sockets, own},
     task::TaskService,
 };
 
@@ -117,7 +117,11 @@ impl Tasks {
         };
         let sockets = Sockets { task: listener(furnished.task)?, attach: listener(furnished.attach)? };
         let (paths, config) = (self.host.paths.clone(), self.host.config.clone());
-        let taken = Owned::take(paths, config, furnished.bundle.clone(), record.id, sockets, watch).await;
+        let taken = async {
+            let bundle = (furnished.bundle.clone(), own(&furnished.bundle)?);
+            Owned::take(paths, config, bundle, record.id, sockets, watch, None).await
+        };
+        let taken = taken.await;
         if taken.is_err() {
             registry.remove(&furnished.bundle)?;
         }
