@@ -1,5 +1,6 @@
 //! `kapsel cp`: with the meaning that Docker gives to directories and trailing slashes.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -106,12 +107,8 @@ fn place(from_directory: bool, from: Ending, to: &str, at: At) -> Result<Place, 
 
 fn copy_out(sandbox: &Sandbox, from: &str, to: &str, flags: &Cp) -> Outcome {
     let is_directory = stat_source(sandbox, from, flags)?;
-    let at = match std::fs::metadata(to) {
-        Ok(meta) if meta.is_dir() => At::Directory,
-        Ok(_) => At::File,
-        Err(_) => At::Nothing,
-    };
-    let Place { directory, top } = place(is_directory, ending(from), to, at)?;
+    let (to, at) = target(to)?;
+    let Place { directory, top } = place(is_directory, ending(from), &to, at)?;
     let directory = directory
         .canonicalize()
         .map_err(|error| Failure::new(format!("cannot copy to {}: {error}", directory.display())))?;
@@ -123,6 +120,24 @@ fn copy_out(sandbox: &Sandbox, from: &str, to: &str, flags: &Cp) -> Outcome {
         .map_err(|error| Failure::new(format!("cannot copy {from} to {}: {error}", directory.display())))?;
     warn_skipped(unpacked.skipped, "devices, pipes and sockets");
     Ok(0)
+}
+
+/// What is at a path of the host's: a file that a link leads to, under its own name. What is neither file nor directory must stay what
+/// it is: as root this could replace /dev/null.
+fn target(to: &str) -> Result<(Cow<'_, str>, At), Failure> {
+    let meta = match std::fs::metadata(to) {
+        Ok(meta) => meta,
+        Err(_) => return Ok((to.into(), At::Nothing)),
+    };
+    if meta.is_dir() {
+        return Ok((to.into(), At::Directory));
+    }
+    if !meta.is_file() {
+        return Err(Failure::new(format!("cannot copy to {to}, which is neither a file nor a directory"))
+            .hint("'-' instead of it writes a tar archive to standard output"));
+    }
+    let found = std::fs::canonicalize(to).ok().and_then(|path| path.into_os_string().into_string().ok());
+    Ok((found.map_or_else(|| to.into(), Cow::from), At::File))
 }
 
 fn stream_out(sandbox: &Sandbox, from: &str, flags: &Cp) -> Outcome {
@@ -267,6 +282,21 @@ mod tests {
         assert_eq!(placed(true, "s", "/d", At::Directory), Some(("/d".into(), Top::Keep)));
         assert_eq!(placed(true, "s/", "/d", At::Directory), Some(("/d".into(), Top::Keep)));
         assert_eq!(placed(true, "s/.", "/d", At::Directory), Some(("/d".into(), Top::Strip)));
+    }
+
+    #[test]
+    fn what_is_no_file_stays_what_it_is() {
+        assert!(target("/dev/null").is_err());
+        let dir = tempfile::tempdir().unwrap();
+        let name = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(name("file"), "").unwrap();
+        std::os::unix::fs::symlink("file", name("link")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", name("device")).unwrap();
+        let real = dir.path().canonicalize().unwrap().join("file");
+        assert_eq!(target(&name("link")).unwrap(), (real.to_str().unwrap().into(), At::File));
+        assert!(target(&name("device")).is_err());
+        assert_eq!(target(&name("none")).unwrap().1, At::Nothing);
+        assert_eq!(target(&name("")).unwrap().1, At::Directory);
     }
 
     #[test]
