@@ -66,11 +66,8 @@ pub async fn list(registry: &Registry, deadline: Duration) -> Result<Vec<Entry>,
 /// Looks at one sandbox; `None` when it went away meanwhile.
 pub async fn look(bundle: Bundle, deadline: Duration) -> Option<Entry> {
     let record = Record::read(&bundle);
-    // It has gone, or is that of a machine that stands by.
-    if record.is_err()
-        && !bundle.record().exists()
-        && (!bundle.dir().exists() || bundle.standby_socket().exists())
-    {
+    // Not there yet, about to go, or that of a machine that stands by.
+    if record.is_err() && !bundle.record().exists() {
         return None;
     }
     let health = match (&record, owner::of(&bundle)) {
@@ -158,6 +155,8 @@ mod tests {
         registry.create(&mut ended).unwrap();
         let damaged = registry.create(&mut Record::new(Id::random(), "damaged".into(), vec![])).unwrap();
         std::fs::write(damaged.record(), "{").unwrap();
+        let leaving = registry.create(&mut Record::new(Id::random(), "leaving".into(), vec![])).unwrap();
+        std::fs::remove_file(leaving.record()).unwrap();
 
         let begun = Instant::now();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
