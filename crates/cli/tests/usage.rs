@@ -83,6 +83,9 @@ fn help_of_every_command() {
         let name = format!("help {command}").trim().replace(' ', "-");
         insta::assert_snapshot!(name, text(&output.stdout));
     }
+    let said = |args: &[&str]| text(&kapsel(root.path(), args).stdout);
+    assert_eq!(said(&["help"]), said(&["--help"]));
+    assert_eq!(said(&["help", "exec"]), said(&["exec", "--help"]));
 }
 
 #[test]

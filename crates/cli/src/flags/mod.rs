@@ -12,7 +12,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 /// Containers with a kernel of their own: each runs in a small virtual machine.
 #[derive(Debug, Parser)]
-#[command(name = "kapsel", version, disable_help_subcommand = true, subcommand_required = true)]
+#[command(name = "kapsel", version, subcommand_required = true)]
 #[command(arg_required_else_help = true, max_term_width = 100)]
 pub struct Cli {
     /// Keep all images, templates and sandboxes below DIR

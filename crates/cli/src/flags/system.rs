@@ -16,6 +16,7 @@ use super::value::cpus;
 #[command(
     subcommand_required = true,
     arg_required_else_help = true,
+    disable_help_subcommand = true,
     override_usage = "kapsel template COMMAND ..."
 )]
 pub enum Template {
