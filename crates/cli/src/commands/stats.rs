@@ -47,7 +47,7 @@ pub fn run(host: &Host, flags: &Stats) -> Outcome {
     for name in &flags.names {
         Sandbox::find(&registry, name)?;
     }
-    let mut before = HashMap::new();
+    let (mut before, mut compared) = (HashMap::new(), false);
     loop {
         let now = Instant::now();
         let mut usages = host::runtime()?.block_on(measure(host, &flags.names))?;
@@ -55,10 +55,15 @@ pub fn run(host: &Host, flags: &Stats) -> Outcome {
             let last = before.insert(usage.id.clone(), (now, usage.cpu_usage_us));
             usage.cpu_percent = last.map(|(then, us)| percent(us, usage.cpu_usage_us, now - then));
         }
-        show(&usages, flags);
-        if flags.no_stream {
+        // What is shown but once is shown when there are numbers to compare with.
+        let last = flags.no_stream && (compared || usages.is_empty());
+        if last || !flags.no_stream {
+            show(&usages, flags);
+        }
+        if last {
             return Ok(0);
         }
+        compared = true;
         std::thread::sleep(EVERY.saturating_sub(now.elapsed()));
     }
 }

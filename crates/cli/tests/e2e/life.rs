@@ -49,7 +49,8 @@ fn a_container_in_the_background_from_start_to_removal() {
         serde_json::from_str(&world.ok(["stats", "--no-stream", "--json", container.name])).expect("JSON");
     assert!(
         stats[0]["memory"].as_u64().is_some_and(|bytes| bytes > 0)
-            && stats[0]["pids"].as_u64().is_some_and(|pids| pids > 0),
+            && stats[0]["pids"].as_u64().is_some_and(|pids| pids > 0)
+            && stats[0]["cpu_percent"].is_number(),
         "{stats}"
     );
 
