@@ -95,6 +95,17 @@ pub fn choose(paths: &Paths, config: &Config, wanted: Isolation, needs: &Needs) 
     Ok(Choice { monitor, isolation, reason })
 }
 
+/// Why KVM, which is asked for, makes machines slow here; `None` when it does not, or is not asked for.
+pub fn slow_kvm(paths: &Paths, wanted: Isolation) -> Option<String> {
+    match wanted {
+        Isolation::Auto | Isolation::Tcg => None,
+        Isolation::Kvm | Isolation::KapselVmm | Isolation::QemuKvm => match probe::kvm(paths.state()) {
+            KvmVerdict::Slow(reason) => Some(reason),
+            KvmVerdict::Native | KvmVerdict::None(_) => None,
+        },
+    }
+}
+
 /// One of `kapsel-vmm`, `qemu-kvm` and `tcg`, and why. `fit` says whether kapsel-vmm can do what is needed.
 fn decide(
     wanted: Isolation,

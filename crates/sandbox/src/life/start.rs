@@ -24,6 +24,7 @@ use crate::{
     annotations::Wishes,
     cgroup,
     client::RootfsMount,
+    host,
     logs::Writer,
     network::Network,
     record::MachineInfo,
@@ -534,9 +535,14 @@ impl Sandbox {
         // Guest's text: it must neither be long nor look like advice.
         let last: String = lines[lines.len().saturating_sub(5)..].join(" | ").replace("; ", ", ");
         let last: String = last.chars().take(1000).collect();
+        let last = if last.is_empty() { "none".into() } else { last };
+        let wanted = self.wishes.isolation.unwrap_or_else(|| self.config.isolation());
+        let advice = match host::slow_kvm(&self.paths, wanted) {
+            Some(reason) => format!("{reason}; --isolation tcg is for such hosts"),
+            None => "if this host is slow, raise start_timeout in the configuration".into(),
+        };
         Error::State(format!(
-            "the sandbox did not start within {} s, the console's last lines: {last}; if this host is slow, raise \
-             start_timeout in the configuration",
+            "the sandbox did not start within {} s, the console's last lines: {last}; {advice}",
             deadline.as_secs(),
         ))
     }
