@@ -49,7 +49,7 @@ pub enum Error {
         max: usize,
     },
     /// A bridge without privileges.
-    #[error("a bridge takes root; use --network user, or run kapsel as root")]
+    #[error("a bridge takes root; run kapsel as root, or leave --network out")]
     Root,
     /// Rules cannot be set.
     #[error(
