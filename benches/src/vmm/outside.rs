@@ -36,7 +36,8 @@ pub fn main(args: &Args) -> Result<()> {
         args.vmm.display()
     );
     let work = tempfile::tempdir()?;
-    let mut kvm_box = KvmBox::new().memory_mib(args.memory).timeout(PATIENCE);
+    // Each start then finds the same memory.
+    let mut kvm_box = KvmBox::new().memory_mib(args.memory).cleared().timeout(PATIENCE);
     if args.counted {
         kvm_box = kvm_box.counted();
     }

@@ -104,7 +104,7 @@ impl KvmBox {
     /// A box with one CPU, 2 GiB of memory and nothing but busybox inside.
     pub fn new() -> Self {
         KvmBox {
-            machine: qemu::Machine { memory_mib: 2048, counted: false },
+            machine: qemu::Machine { memory_mib: 2048, counted: false, cleared: false },
             timeout: Duration::from_secs(300),
             cache: default_cache(),
             files: Vec::new(),
@@ -123,6 +123,14 @@ impl KvmBox {
     /// busy machine and a quiet one, and without what the emulator spends on translating code that it has not seen before.
     pub fn counted(mut self) -> Self {
         self.machine.counted = true;
+        self
+    }
+
+    /// Has the end of a process clear its memory. The emulator is slow to write to pages from which it has translated code, as an ended
+    /// guest's kernel leaves them: otherwise it is the next guest that waits for that, up to a second for each 2 MiB that it is
+    /// given.
+    pub fn cleared(mut self) -> Self {
+        self.machine.cleared = true;
         self
     }
 

@@ -12,10 +12,11 @@ use crate::{Error, Outcome, Result};
 
 const QEMU: &str = "qemu-system-x86_64";
 
-/// The box is deterministic enough to trust the TSC, and nobody attacks it. Pages are cleared when they are freed: the emulator is slow
-/// to write to those from which it has translated code, as an ended guest's kernel leaves them, and a later guest that was
-/// given them would have to wait for that: up to a second for 2 MiB.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on init_on_free=1 rdinit=/init";
+/// The box is deterministic enough to trust the TSC, and nobody attacks it.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on rdinit=/init";
+
+/// Has the box's kernel clear pages when they are freed.
+const CLEARED: &str = " init_on_free=1";
 
 /// With two, QEMU 7.2 now and then damages the memory of the box or of its guests when this machine is loaded; why was not found.
 /// With one that was never seen.
@@ -27,6 +28,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Its clock counts instructions, each a nanosecond, and jumps over what nobody does anything in.
     pub counted: bool,
+    /// Pages are cleared when they are freed.
+    pub cleared: bool,
 }
 
 /// Boots the box and reads its output until it powers off.
@@ -115,7 +118,7 @@ fn spawn(kernel: &Path, initramfs: &Path, console: &Path, status: &Path, machine
         .arg(kernel)
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", COMMAND_LINE])
+        .args(["-append", &format!("{COMMAND_LINE}{}", if machine.cleared { CLEARED } else { "" })])
         .args([
             "-chardev",
             &format!("file,id=console,path={}", console.display()),
