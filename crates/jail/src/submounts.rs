@@ -7,13 +7,14 @@
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// Types that hold people's files. FUSE comes as `fuse`, `fuseblk` and `fuse.name`.
+/// Types that hold people's files. FUSE comes as `fuse`, `fuseblk` and `fuse.name`; `rootfs` is the root of a system that runs from its
+/// initramfs.
 #[rustfmt::skip]
-const FILES: [&str; 42] = [
+const FILES: [&str; 43] = [
     "9p", "afs", "apfs", "aufs", "bcachefs", "btrfs", "ceph", "cifs", "ecryptfs", "erofs", "exfat", "ext2", "ext3", "ext4",
     "f2fs", "fuse", "fuseblk", "gfs2", "hfs", "hfsplus", "iso9660", "jfs", "lustre", "minix", "msdos", "nfs", "nfs4",
-    "nilfs2", "ntfs", "ntfs3", "ocfs2", "overlay", "ramfs", "reiserfs", "smb3", "squashfs", "tmpfs", "udf", "vfat", "virtiofs",
-    "xfs", "zfs",
+    "nilfs2", "ntfs", "ntfs3", "ocfs2", "overlay", "ramfs", "reiserfs", "rootfs", "smb3", "squashfs", "tmpfs", "udf", "vfat",
+    "virtiofs", "xfs", "zfs",
 ];
 
 /// What a look at the mount table said about a directory.
@@ -124,6 +125,7 @@ mod tests {
         // The tmpfs that cgroups are mounted in is one, and harmless.
         assert_eq!(of("/sys/fs/cgroup").as_deref(), None);
         assert_eq!(beneath(Path::new("/sys/fs/cgroup"), TABLE).hidden, [PathBuf::from("cpu")]);
+        assert_eq!(beneath(Path::new("/"), "1 1 0:2 / / rw - rootfs rootfs rw").interface, None);
     }
 
     #[test]
