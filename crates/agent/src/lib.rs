@@ -5,6 +5,7 @@
 //! - [`sandbox`] is the guest as a whole; [`container`] makes and watches containers; [`storage`] mounts their file systems.
 //! - [`stdio`] moves the bytes of processes; [`files`] those of copies, packed by [`archive`].
 //! - [`reaper`] waits for every child; [`quiesce`] makes the guest small before it is saved.
+//! - [`program`] is what a container's process finds when it executes the agent.
 //!
 //! One thread, one event loop: a fork of a single-threaded process may do anything, which is what lets a container's first
 //! process inherit its plan. Only one that a template holds, born before it was known what to run, is told.
@@ -18,6 +19,7 @@ pub mod names;
 pub mod net;
 pub mod oci;
 pub mod phases;
+pub mod program;
 pub mod quiesce;
 pub mod read_ahead;
 pub mod reaper;

@@ -1,5 +1,6 @@
 //! `kapsel-agent`: process 1 in the guest; creates and watches the containers.
 
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -7,17 +8,12 @@ use kapsel_agent::container::running::IN_CHILD;
 use kapsel_agent::phases::Phases;
 use kapsel_agent::reaper::Reaper;
 use kapsel_agent::sandbox::Sandbox;
-use kapsel_agent::{init, session, sys};
+use kapsel_agent::{init, program, session, sys};
 
-/// The argument of a program that does nothing: it is run in a container of its own by a machine that stands by, so that what every
-/// start runs is translated before somebody waits for it.
-const REHEARSE: &str = "rehearse";
-
-fn main() {
-    // In its container it is process 1, too.
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == REHEARSE) {
-        println!("rehearsed");
-        return;
+fn main() -> ExitCode {
+    // In its container such a program is process 1, too.
+    if let Some(code) = program::run(std::env::args_os().skip(1)) {
+        return code;
     }
     if std::process::id() != 1 {
         eprintln!("kapsel-agent is process 1 of a kapsel guest and does nothing elsewhere");

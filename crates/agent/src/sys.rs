@@ -305,6 +305,48 @@ pub fn reset_signals() {
     }
 }
 
+/// Who sent a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sender {
+    /// A process, by kill(2) and the like.
+    Process,
+    /// The kernel, for a terminal or of itself.
+    Kernel,
+}
+
+/// Blocks all signals, so that they wait for [`wait_for_signal`].
+pub fn block_signals() {
+    // SAFETY: a signal set is plain data, initialised by sigfillset before use; only this process's signal mask changes.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigfillset(&raw mut set);
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+    }
+}
+
+/// Waits for the next blocked signal; its number, and who sent it.
+///
+/// # Errors
+/// Those of sigwaitinfo(2).
+pub fn wait_for_signal() -> io::Result<(i32, Sender)> {
+    // SAFETY: both are plain data, the set initialised by sigfillset before use, and the kernel fills the other.
+    let (signal, code) = unsafe {
+        let (mut set, mut info): (libc::sigset_t, libc::siginfo_t) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&raw mut set);
+        (libc::sigwaitinfo(&raw const set, &raw mut info), info.si_code)
+    };
+    check(signal.into())?;
+    Ok((signal, if code <= 0 { Sender::Process } else { Sender::Kernel }))
+}
+
+/// Closes the standard streams of a process that uses them no more.
+pub fn close_streams() {
+    for fd in 0..3 {
+        // SAFETY: closes by number what no value owns; whoever used it later would get an error, as nothing is opened in its place.
+        unsafe { libc::close(fd) };
+    }
+}
+
 /// Replaces this process's program. Returns only on failure.
 pub fn execve(path: &CStr, argv: &[*const libc::c_char], envp: &[*const libc::c_char]) -> io::Error {
     debug_assert!(argv.last().is_some_and(|p| p.is_null()) && envp.last().is_some_and(|p| p.is_null()));

@@ -29,6 +29,16 @@ pub use generated::agent_ttrpc as service;
 /// The version that [`api::HelloResponse`] carries. Host and agent come from one build: another version is an error.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+/// What the agent is when a process of a container executes it.
+pub mod program {
+    /// Its path there: each process is the agent until it executes something.
+    pub const PATH: &str = "/proc/self/exe";
+    /// Its first argument for a first process that passes signals on to the command in the others, reaps, and ends as that does.
+    pub const INIT: &str = "init";
+    /// Its first argument for a program that does nothing.
+    pub const REHEARSE: &str = "rehearse";
+}
+
 /// The channel port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
 

@@ -14,7 +14,7 @@ use oci_spec::runtime::{
     Spec,
 };
 pub use options::{ImageDefaults, Limits, RunOptions, Seccomp, Tmpfs, Ulimit, Volume};
-pub use process::{ExecOptions, exec_process};
+pub use process::{ExecOptions, INIT, exec_process};
 pub use signal::{parse_signal, signal_name};
 
 use crate::annotations::Wishes;

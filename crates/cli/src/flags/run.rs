@@ -30,6 +30,9 @@ pub struct Run {
     /// Give the container a terminal
     #[arg(short = 't', long = "tty")]
     pub terminal: bool,
+    /// Have a small process be the container's first, which passes signals on to the command and reaps orphans
+    #[arg(long)]
+    pub init: bool,
     /// Remove the container when it ends
     #[arg(long = "rm")]
     pub remove: bool,

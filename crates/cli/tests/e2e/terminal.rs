@@ -1,9 +1,11 @@
 //! A person at a terminal.
 
+use std::io::{BufRead, BufReader};
+
 use rustix::process::Signal;
 
 use crate::pty::Terminal;
-use crate::world::{eventually, world};
+use crate::world::{Watchdog, eventually, kill, world};
 
 #[test]
 fn a_shell_on_a_terminal() {
@@ -26,6 +28,33 @@ fn a_shell_on_a_terminal() {
     terminal.types("echo al''ive; exit 12\r");
     terminal.shows("alive");
     assert_eq!(terminal.end(), (Some(12), true), "the exit code, and the terminal as it was");
+}
+
+#[test]
+fn a_command_that_was_not_made_to_be_the_first_process_ends_by_signals() {
+    let world = world!();
+    let script = "echo up; exec sleep 999";
+    for first in [&["do"][..], &["run", "-it", "--rm", "--init", "busybox"]] {
+        let mut terminal = Terminal::start(world.command([first, &["sh", "-c", script]].concat()));
+        terminal.shows("up");
+        terminal.types("\x03");
+        assert_eq!(terminal.end(), (Some(130), true), "{first:?}");
+    }
+    // Without a terminal, and what nobody else would reap is reaped.
+    let script = "(sleep 0.1 &); sleep 1; cat /proc/[0-9]*/stat | grep -c ') Z'; echo up; exec sleep 999";
+    let mut command = world.command(["run", "--rm", "--init", "busybox", "sh", "-c", script]);
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn().expect("kapsel starts");
+    let watchdog = Watchdog::of(&child);
+    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
+    assert_eq!((lines.next().as_deref(), lines.next().as_deref()), (Some("0"), Some("up")));
+    kill(child.id(), Signal::TERM);
+    assert_eq!(child.wait().expect("it ends").code(), Some(143));
+    drop(watchdog);
+    for (program, code) in [("sh", 0), ("no-such-program", 127), ("/etc/notes", 126)] {
+        let ran = world.run(["run", "--rm", "--init", "busybox", program]);
+        assert_eq!(ran.code, code, "{}", ran.stderr);
+        assert!(code == 0 || ran.stderr.contains(program), "{}", ran.stderr);
+    }
 }
 
 #[test]

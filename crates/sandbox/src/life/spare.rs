@@ -13,7 +13,7 @@ use kapsel_channel::Channel;
 use kapsel_jail::Cgroup;
 use kapsel_machine::{ExitReason, Machine, Snapshot};
 use kapsel_protocol::{
-    api, limits,
+    api, limits, program,
     stdio::{Kind as StreamKind, Token},
 };
 use oci_spec::runtime::Process;
@@ -32,8 +32,6 @@ use crate::{
 
 /// The name of the container that a rehearsal makes.
 const REHEARSAL: &str = "rehearsal";
-/// The agent, which any process of a container can run as long as it has not executed another program.
-const PROGRAM: [&str; 2] = ["/proc/self/exe", "rehearse"];
 
 /// A machine that stands by.
 pub struct Spare {
@@ -153,7 +151,7 @@ async fn rehearse(
 ) -> Result<(), Error> {
     let bad = |error: serde_json::Error| Error::Invalid(error.to_string());
     let mut process = process.cloned().ok_or_else(|| Error::Invalid("no process".into()))?;
-    process.set_args(Some(PROGRAM.map(str::to_owned).to_vec()));
+    process.set_args(Some([program::PATH, program::REHEARSE].map(str::to_owned).to_vec()));
     let token = stdio::token();
     let held = prepared.has_filter();
     let filter = filter.filter(|_| !held).unwrap_or_default();

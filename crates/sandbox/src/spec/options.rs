@@ -87,6 +87,8 @@ pub struct RunOptions {
     pub args: Vec<String>,
     /// Replaces the image's entrypoint; `Some(vec![])` takes it away.
     pub entrypoint: Option<Vec<String>>,
+    /// Whether a process of kapsel's own is process 1, which passes signals on and reaps.
+    pub init: bool,
     /// `NAME=value`; added to the image's, the later one wins.
     pub env: Vec<String>,
     /// `user`, `uid`, `user:group`, …

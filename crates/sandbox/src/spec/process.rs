@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use kapsel_protocol::program;
 use oci_spec::runtime::{
     BoxBuilder, Capability, LinuxCapabilities, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process,
     User,
@@ -12,6 +13,9 @@ use super::{
     defaults::{self, PATH},
     options::{ImageDefaults, RunOptions, Ulimit},
 };
+
+/// What comes before a command that has an init.
+pub const INIT: [&str; 2] = [program::PATH, program::INIT];
 
 /// What `kapsel exec` takes.
 #[derive(Clone, Debug, Default)]
@@ -32,10 +36,11 @@ pub struct ExecOptions {
 
 pub(super) fn init_process(image: &ImageDefaults, options: &RunOptions) -> Result<Process, Error> {
     let mut process = Process::default();
+    let init = options.init.then_some(INIT).into_iter().flatten().map(str::to_owned);
     let user = options.user.as_ref().or(image.user.as_ref());
     let workdir = options.workdir.as_ref().or(image.workdir.as_ref()).map_or("/", String::as_str);
     process
-        .set_args(Some(args(image, options)?))
+        .set_args(Some(init.chain(args(image, options)?).collect()))
         .set_env(Some(environment(&image.env, &options.env, options.terminal)?))
         .set_user(user_named(user.map_or("", String::as_str)))
         .set_cwd(absolute(workdir)?)

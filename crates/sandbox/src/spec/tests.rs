@@ -36,6 +36,7 @@ fn everything_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let options = RunOptions {
         args: vec!["-v".into()],
+        init: true,
         env: vec!["A=2".into(), "B=".into()],
         user: Some("7:8".into()),
         workdir: Some("/w".into()),

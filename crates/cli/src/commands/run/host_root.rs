@@ -34,6 +34,8 @@ pub fn run(host: &Host, flags: Do, trace: Trace) -> Outcome {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let options = RunOptions {
         args: flags.command.clone(),
+        // Commands of a host were not made to be process 1.
+        init: true,
         env: environment(&flags.env),
         user: Some(format!("{uid}:{gid}")),
         workdir: Some(workdir.to_owned()),

@@ -76,6 +76,7 @@ pub fn run(host: &Host, flags: Run, mut trace: Trace) -> Outcome {
 
     let options = RunOptions {
         args: command.to_vec(),
+        init: flags.init,
         entrypoint: flags.entrypoint.clone().map(|program| match program.is_empty() {
             true => Vec::new(),
             false => vec![program],
@@ -160,7 +161,8 @@ impl Plan {
         self.record.terminal = self.manner.wanted.terminal;
         self.record.stdin = self.manner.wanted.stdin;
         let args = spec.process().as_ref().and_then(|process| process.args().clone());
-        self.record.command = args.unwrap_or_default();
+        let before = if self.options.init { spec::INIT.len() } else { 0 };
+        self.record.command = args.unwrap_or_default().split_off(before);
         host::ensure_kernel(host)?;
         // What killed sandboxes left may hold the name.
         host.sandboxes()?;
