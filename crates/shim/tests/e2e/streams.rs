@@ -77,7 +77,7 @@ fn a_program_may_take_the_output() {
     let command = ["sh", "-c", "echo one; echo two >&2; exit 5"];
     engine.ok(&engine.args(&["-d", "--log-uri", &uri], "c1", &command));
     engine.becomes("c1", "STOPPED");
-    assert_eq!(engine.remove("c1"), 5);
+    assert_eq!(engine.remove("c1"), 5, "{}", engine.log());
     eventually("it has read to the end", || lines().ends_with("the end\n"));
     let told = lines();
     assert!(told.starts_with("2 to default/c1\n"), "{told}");
