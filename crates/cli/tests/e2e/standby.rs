@@ -48,6 +48,16 @@ impl Standing {
         printed
     }
 
+    /// The bundle of the one that is made after a run.
+    fn bundle(&self) -> PathBuf {
+        let mut found = None;
+        eventually("one stands by", || {
+            found = standing(self.world).pop();
+            found.is_some()
+        });
+        found.expect("just found")
+    }
+
     /// Gives the one that is made after a run, if one is, the time for it.
     fn wait_for_one(&self) {
         let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
@@ -111,8 +121,7 @@ fn what_stands_by_is_no_sandbox_yet() {
     let world = world!();
     let standing_by = Standing::new(world, 1);
     standing_by.run_on_one("e2e-waited", &[], &["true"]);
-    let mut bundle = PathBuf::new();
-    eventually("another stands by", || standing(world).pop().inspect(|b| bundle.clone_from(b)).is_some());
+    let bundle = standing_by.bundle();
     let short = bundle.file_name().expect("a name").to_str().expect("an id").to_owned();
     assert!(!world.ok(["ps", "-aq"]).contains(&short));
     let found = world.run(["inspect", &short]);
@@ -184,9 +193,12 @@ fn one_that_was_killed_is_not_taken() {
     standing_by.run_on_one("e2e-before", &[], &["true"]);
     world.ok(["rm", "e2e-before"]);
     let mut bundle = PathBuf::new();
-    eventually("another stands by", || standing(world).pop().inspect(|b| bundle.clone_from(b)).is_some());
-    let Ok(shim) = fs::read_to_string(bundle.join("shim.pid")) else { return };
-    kill(shim.trim().parse().expect("a pid"), Signal::KILL);
+    eventually("one that stands by is killed", || {
+        bundle = standing_by.bundle();
+        // Another test may have ended it meanwhile.
+        let shim = fs::read_to_string(bundle.join("shim.pid")).ok().and_then(|pid| pid.trim().parse().ok());
+        shim.inspect(|pid| kill(*pid, Signal::KILL)).is_some()
+    });
     let ran = standing_by.run(&["run", "--rm", "busybox", "echo", "fine"]);
     assert_eq!((ran.code, ran.text().as_str()), (0, "fine\n"), "{}", ran.stderr);
     eventually("the next command clears it away", || {
