@@ -122,14 +122,15 @@ pub async fn launch(
     let shim = programs::find(programs::SHIM, config)?;
     let registry = Registry::open(paths)?;
     let kind = options.rootfs.and_then(|rootfs| Kind::of(spec, rootfs, config));
-    if let Some(kind) = kind
-        && let Some((bundle, leash)) = standby::claim(&registry, &kind, record, spec)?
-    {
-        let client = Client::connect(&bundle, &record.id).await?;
-        return Ok(Sandbox { id: record.id.clone(), bundle, client, leash: Some(leash) });
-    }
-    let bundle = registry.create(record)?;
-    let launched = start(&shim, &bundle, &record.id, spec, options);
+    let claimed = kind.map(|kind| standby::claim(&registry, &kind, record, spec)).transpose()?.flatten();
+    let (bundle, launched) = match claimed {
+        Some((bundle, leash)) => (bundle, Ok(Some(leash))),
+        None => {
+            let bundle = registry.create(record)?;
+            let launched = start(&shim, &bundle, &record.id, spec, options);
+            (bundle, launched)
+        }
+    };
     let connected = match launched {
         Ok(leash) => {
             Client::connect(&bundle, &record.id).await.map(|client| (client, leash)).map_err(Error::from)

@@ -4,9 +4,10 @@
 //! Without KVM nearly all of a warm start is the translation of the guest's code, anew in each clone. A machine that stands by has
 //! that behind it. Its price is the memory that it holds meanwhile: there is none unless `standby` in the configuration asks for it.
 //!
-//! The file `standby/KIND.ID` says that there is one, and holds its template's key. Whoever removes it has the machine, and nobody else. Its shim has the bundle of
-//! that id, but no record is in it, so that nobody sees a sandbox there. Who takes it writes record and specification, and then one byte
-//! to the bundle's `standby.sock`; that connection holds the sandbox to its maker from then on ([`Leash`](crate::launch::Leash)).
+//! The file `standby/KIND.ID` says that there is one, and holds its template's key. Whoever removes it has the machine, and nobody else.
+//! Its shim has the bundle of that id, but no record is in it, so that nobody sees a sandbox there. Who takes it writes record and
+//! specification, and then one byte to the bundle's `standby.sock`; that connection holds the sandbox to its maker from then on
+//! ([`Leash`](crate::launch::Leash)).
 
 use std::{
     fs,

@@ -30,7 +30,7 @@ use crate::{
     args::Serve,
     attach,
     clients::{Clients, Counted},
-    standby,
+    standby::Waiting,
     task::TaskService,
 };
 
@@ -52,10 +52,11 @@ pub async fn serve(paths: Paths, config: Config, args: Serve, watch: Stopwatch) 
     let ownership = own(&bundle)?;
     let (leash, spare, watch) = match args.standby {
         None => (leash, None, watch),
-        Some(order) => match standby::wait(&paths, &config, &bundle, &args.id, order).await? {
-            Some((leash, spare)) => (Some(leash), Some(spare), Stopwatch::default()),
-            None => return Ok(()),
-        },
+        Some(order) => {
+            let waiting = Waiting { paths: &paths, config: &config, bundle: &bundle, id: &args.id };
+            let Some((leash, spare)) = waiting.until_taken(order).await? else { return Ok(()) };
+            (Some(leash), Some(spare), Stopwatch::default())
+        }
     };
     let owned = Owned::take(paths, config, (bundle, ownership), args.id, sockets, watch, spare).await?;
     let (asked, sandbox) = (asked_to_end()?, owned.sandbox.clone());

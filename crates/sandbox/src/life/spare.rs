@@ -12,10 +12,7 @@ use std::{
 use kapsel_channel::Channel;
 use kapsel_jail::Cgroup;
 use kapsel_machine::{ExitReason, Machine, Snapshot};
-use kapsel_protocol::{
-    api, limits, program,
-    stdio::{Kind as StreamKind, Token},
-};
+use kapsel_protocol::{api, limits, program, stdio::Kind as StreamKind};
 use oci_spec::runtime::Process;
 use tokio::io::AsyncReadExt;
 
@@ -153,6 +150,7 @@ async fn rehearse(
     let mut process = process.cloned().ok_or_else(|| Error::Invalid("no process".into()))?;
     process.set_args(Some([program::PATH, program::REHEARSE].map(str::to_owned).to_vec()));
     let token = stdio::token();
+    let stdio = api::Stdio { token: token.to_string(), stdout: true, stderr: true, ..Default::default() };
     let held = prepared.has_filter();
     let filter = filter.filter(|_| !held).unwrap_or_default();
     // It is where the other one is, whose storages are mounted.
@@ -161,7 +159,7 @@ async fn rehearse(
     let exec = api::ExecRequest {
         id: REHEARSAL.into(),
         process: serde_json::to_vec(&process).map_err(bad)?,
-        stdio: Some(streams(token)).into(),
+        stdio: Some(stdio).into(),
         seccomp: filter.program,
         seccomp_flags: filter.flags,
         ..Default::default()
@@ -182,8 +180,4 @@ async fn rehearse(
         return Err(Error::State(format!("the rehearsal ended with code {}", exit.code)));
     }
     agent.delete(REHEARSAL, "").await
-}
-
-fn streams(token: Token) -> api::Stdio {
-    api::Stdio { token: token.to_string(), stdout: true, stderr: true, ..Default::default() }
 }

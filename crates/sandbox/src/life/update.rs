@@ -1,8 +1,8 @@
 //! Changing limits while a machine runs: the container's in the guest, and those of what surrounds it on the host.
 //!
 //! The machine is as large as it was made. QEMU's `microvm` has no controller that could give a running one memory or processors;
-//! kapsel-vmm can plug memory, but no sandbox's machine is started with a region for it. So what would need a larger machine is refused, where a limit that the
-//! machine cannot reach would be a promise that nobody keeps.
+//! kapsel-vmm can plug memory, but no sandbox's machine is started with a region for it. So what would need a larger machine is refused,
+//! where a limit that the machine cannot reach would be a promise that nobody keeps.
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
